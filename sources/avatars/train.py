@@ -1,0 +1,238 @@
+"""Trains the bundled avatar source: `python sources/avatars/train.py all` (resumes where it stopped; uses a GPU if there is one).
+
+Stages, each with its checkpoint under --build: render (Node.js), vae, decoder (polish, latents unchanged), latents, unet,
+export. Every stage keeps an exponential moving average with a length tied to the run; the learning rate warms up and
+falls linearly to zero over the last fifth, so `--unet-steps` larger than before continues a finished run.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
+from torch import Tensor, nn
+
+from domainstudio.evaluation.features import load_lpips
+
+HERE = Path(__file__).parent
+STYLES = ["sunglasses", "watercolour", "ink", "adventurer", "bigSmile", "dylan", "micah", "notionists", "openPeeps"]
+STYLES += ["personas", "toonHead"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def render(build: Path) -> None:
+    """40,000 avatars for the diffusion model; 3,000 of every other style so that the codec knows them all."""
+    for name, count, split in [("avatars", 40_000, "train")] + [(style, 3_000, "vae") for style in STYLES]:
+        path = build / f"{name}.bin"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            subprocess.run(["node", HERE / "render.mjs", name, str(count), split, partial], check=True)
+            partial.rename(path)
+
+
+def pictures(path: Path) -> np.ndarray:
+    """(N, 64, 64, 3) uint8, memory-mapped."""
+    return np.memmap(path, np.uint8, "r").reshape(-1, 64, 64, 3)
+
+
+def to_tensor(batch: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(DEVICE)
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=64,
+    ).to(DEVICE)
+
+
+def new_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(128, 192),
+        layers_per_block=1,
+        down_block_types=("AttnDownBlock2D",) * 2,
+        up_block_types=("AttnUpBlock2D",) * 2,
+    ).to(DEVICE)
+
+
+def new_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+
+
+def fit(
+    name: str, network: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, build: Path
+) -> None:
+    """AdamW with warm-up and final decay, EMA, a checkpoint a minute; leaves the EMA weights in `network`."""
+    path = build / f"{name}.pt"
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average, step, saved = [p.detach().clone() for p in parameters], 0, time.time()
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        network.load_state_dict(state["network"])
+        average, step = state["average"], state["step"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+
+    def save() -> None:
+        state = {"network": network.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+
+    smoothed = None
+    while step < steps:
+        torch.manual_seed(1_000_003 * step + 17)
+        rate = lr * min(1, (step + 1) / 300, 5 * (1 - step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        decay = min(0.9995, 1 - 1 / (0.08 * step + 1))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        smoothed = value.item() if smoothed is None else 0.98 * smoothed + 0.02 * value.item()
+        if step % 50 == 0:
+            print(f"{name} {step}/{steps} loss {smoothed:.4f} lr {rate:.2e} {time.strftime('%H:%M:%S')}", flush=True)
+        if time.time() - saved > 60:
+            save()
+            saved = time.time()
+    save()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, average, strict=True):
+            parameter.copy_(value)
+
+
+def batches(build: Path, size: int) -> Iterator[Tensor]:
+    """Half avatars, half other styles, mirrored at random; drawn from torch's generator, so a resumed run is the same."""
+    avatars, others = pictures(build / "avatars.bin"), [pictures(build / f"{s}.bin") for s in STYLES]
+    while True:
+        rows = [avatars[int(i)] for i in torch.randint(len(avatars), (size // 2,))]
+        for style in torch.randint(len(others), (size - size // 2,)).tolist():
+            rows.append(others[style][int(torch.randint(len(others[style]), ()))])
+        batch = to_tensor(np.stack(rows))
+        yield torch.where(torch.rand(size, 1, 1, 1, device=DEVICE) < 0.5, batch.flip(-1), batch)
+
+
+def train_vae(build: Path, steps: int) -> AutoencoderKL:
+    vae, lpips, source = new_vae(), load_lpips("alex").to(DEVICE), batches(build, 16)
+
+    def loss() -> Tensor:
+        images = next(source)
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        perceptual = (lpips(decoded) - lpips(images)).square().sum(1).mean()
+        return (decoded - images).abs().mean() + 0.4 * perceptual + 3e-4 * posterior.kl().mean() / 1024
+
+    fit("vae", vae, list(vae.parameters()), loss, steps, 1e-3, build)
+    return vae.eval()
+
+
+def polish_decoder(vae: AutoencoderKL, build: Path, steps: int) -> AutoencoderKL:
+    """Trains the decoder alone: the latents stay what they were, so the diffusion model stays valid."""
+    lpips, source = load_lpips("alex").to(DEVICE), batches(build, 16)
+    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+
+    def loss() -> Tensor:
+        images = next(source)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.sample()
+        decoded = vae.decode(latents).sample
+        perceptual = (lpips(decoded) - lpips(images)).square().sum(1).mean()
+        return (decoded - images).abs().mean() + 0.4 * perceptual
+
+    fit("decoder", vae, parameters, loss, steps, 7e-4, build)
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, build: Path) -> tuple[Tensor, Tensor, float]:
+    """Posterior mean and standard deviation of every avatar, and the scale that gives latents unit variance."""
+    path = build / "latents.pt"
+    if not path.exists():
+        data, means, stds = pictures(build / "avatars.bin")[:40_000], [], []
+        for start in range(0, len(data), 500):
+            posterior = vae.encode(to_tensor(data[start : start + 500])).latent_dist
+            means.append(posterior.mean.half().cpu())
+            stds.append(posterior.std.half().cpu())
+        mean, std = torch.cat(means), torch.cat(stds)
+        torch.save((mean, std, 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()), path)
+    return torch.load(path, weights_only=True)
+
+
+def train_unet(latents: tuple[Tensor, Tensor, float], build: Path, steps: int, batch_size: int, lr: float) -> UNet2DModel:
+    mean, std, scale = latents
+    unet, scheduler = new_unet(), new_scheduler()
+    alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)
+    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(DEVICE)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(mean), (batch_size,))
+        x0 = mean[rows].float().to(DEVICE)
+        x0 = scale * (x0 + std[rows].float().to(DEVICE) * torch.randn_like(x0))
+        # Stratified time steps: the same distribution, less variance of the loss.
+        t = ((torch.arange(batch_size) + torch.rand(batch_size)) / batch_size * 1000).long().clamp(max=999).to(DEVICE)
+        alpha, sigma, noise = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1), torch.randn_like(x0)
+        return F.mse_loss(unet(alpha * x0 + sigma * noise, t).sample, alpha * noise - sigma * x0)
+
+    fit("unet", unet, list(unet.parameters()), loss, steps, lr, build)
+    return unet.eval()
+
+
+def export(vae: AutoencoderKL, unet: UNet2DModel, scale: float, out: Path) -> None:
+    """An ordinary diffusers `LDMPipeline` folder in float16."""
+    vae.register_to_config(scaling_factor=scale)
+    LDMPipeline(vqvae=vae.half(), unet=unet.half(), scheduler=new_scheduler()).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["render", "vae", "latents", "unet", "all"])
+    parser.add_argument("--build", type=Path, default=Path("build/avatars"))
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "src/domainstudio/assets/models/avatars")
+    parser.add_argument("--vae-steps", type=int, default=1_500)
+    parser.add_argument("--decoder-steps", type=int, default=0)
+    parser.add_argument("--unet-steps", type=int, default=4_000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    args = parser.parse_args()
+    args.build.mkdir(parents=True, exist_ok=True)
+    render(args.build)
+    if args.stage == "render":
+        return
+    vae = train_vae(args.build, args.vae_steps)
+    if args.stage == "vae":
+        return
+    latents = encode(vae, args.build)
+    if args.stage == "latents":
+        return
+    unet = train_unet(latents, args.build, args.unet_steps, args.batch_size, args.lr)
+    if args.decoder_steps:
+        vae = polish_decoder(vae, args.build, args.decoder_steps)
+    export(vae, unet, latents[2], args.out)
+    print(json.dumps({"latent_scale": latents[2], "unet_parameters": sum(p.numel() for p in unet.parameters())}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Recipes, use cases and the command line."""

@@ -1,0 +1,212 @@
+"""The command line. Flags are the recipe's settings; results go to stdout, everything else to stderr."""
+
+import argparse
+import json
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from domainstudio import __version__
+from domainstudio.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 if it succeeded, 1 if a check found errors, 2 with one message for a user's mistake."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; continue a training run with --resume-from-checkpoint latest", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="domainstudio", description="A new image domain from about ten pictures.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
+    demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
+    _option(demo, "--output-dir", type=Path, default=Path("demo"))
+    _option(demo, "--max-train-steps", type=int, default=200)
+    _option(demo, "--num-images", type=int, default=100, help="samples measured of each model")
+    demo.set_defaults(run=_demo)
+
+    check = commands.add_parser("check", help="say what is wrong with a folder of training pictures; changes nothing")
+    check.add_argument("folder", help="folder, or bundled:NAME")
+    check.add_argument("--resolution", type=int, default=None, help="side of the model's pictures")
+    check.set_defaults(run=_check)
+
+    train = commands.add_parser("train", help="adapt a source model to a folder of pictures")
+    train.add_argument("recipe", nargs="?", type=Path, help="TOML file; flags override it")
+    add_recipe_flags(train)
+    _option(train, "--resume-from-checkpoint", metavar="latest|FOLDER", help="continue this run")
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="draw pictures from a finished run")
+    sample.add_argument("target", type=Path, metavar="RUN")
+    _option(sample, "--num-images", type=int, default=16)
+    _option(sample, "--seed", type=int, default=0)
+    _option(sample, "--output-dir", type=Path, required=True)
+    sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run, or a folder of pictures made by anything")
+    evaluate.add_argument("target", type=Path, metavar="RUN|FOLDER")
+    _option(evaluate, "--instance-data-dir", required=True, help="the training pictures: folder or bundled:NAME")
+    _add_measuring_flags(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="put runs side by side in one HTML report")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    compare.add_argument("--output", type=Path, default=Path("report.html"))
+    _add_measuring_flags(compare)
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _option(parser: argparse.ArgumentParser, flag: str, **settings: Any) -> None:
+    """A flag that is also understood with underscores, as the diffusers examples spell theirs."""
+    parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **settings)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag a recipe setting; a flag that is not given leaves the recipe's value."""
+    from domainstudio.app.recipe import Recipe
+
+    for name, field in Recipe.model_fields.items():
+        kind = _plain_type(field.annotation)
+        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+        settings: dict[str, Any] = {"default": None, "dest": name, "help": f"{field.description}{default}"}
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            settings |= {"choices": get_args(kind)}
+        else:
+            settings |= {"type": kind, "metavar": "N" if kind is int else "X" if kind is float else "NAME"}
+        _option(parser, flag, **settings)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type without `| None`."""
+    if isinstance(annotation, types.UnionType) or get_origin(annotation) not in (None, Literal):
+        return next(part for part in get_args(annotation) if part is not types.NoneType)
+    return annotation
+
+
+def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    _option(
+        parser, "--reference-dir", type=Path, help="held-out pictures: folder or .zip (bundled domains bring theirs)"
+    )
+    _option(parser, "--num-images", type=int, default=200, help="samples drawn of a run (default: %(default)s)")
+    _option(parser, "--seed", type=int, default=0)
+    parser.add_argument("--lpips", choices=["vgg", "alex"], default="vgg", help="LPIPS backbone")
+    _option(
+        parser,
+        "--lpips-px",
+        type=int,
+        default=None,
+        help="side at which LPIPS looks; default: the pictures', at most 256",
+    )
+    parser.add_argument("--intra", choices=["cdc", "crdi"], default="cdc", help="protocol of Intra-LPIPS")
+
+
+def _protocol(args: argparse.Namespace):
+    from domainstudio.evaluation.evaluate import Protocol
+
+    return Protocol(lpips=args.lpips, lpips_px=args.lpips_px, intra=args.intra, seed=args.seed)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from domainstudio.app.compare import demo
+    from domainstudio.app.console import Console, print_table
+
+    with Console() as console:
+        result = demo(
+            args.output_dir,
+            args.domain,
+            args.max_train_steps,
+            args.num_images,
+            lambda recipe: (console.observe(recipe),),
+            console.progress,
+            console.log,
+        )
+    print_table(result.entries)
+    print(f"report: {result.report.resolve()}")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from domainstudio.data.bundled import bundled_domain, strip_prefix
+    from domainstudio.data.check import check_folder
+
+    name = strip_prefix(args.folder)
+    result = check_folder(Path(args.folder) if name is None else bundled_domain(name), args.resolution)
+    print(result.render())
+    return 0 if result.ok else 1
+
+
+def _train(args: argparse.Namespace) -> None:
+    from domainstudio.app.console import Console
+    from domainstudio.app.recipe import Recipe, build_recipe
+    from domainstudio.app.runs import train_run
+
+    given = {name: getattr(args, name) for name in Recipe.model_fields if getattr(args, name) is not None}
+    recipe = build_recipe(args.recipe, given)
+    with Console() as console:
+        for warning in recipe.warnings():
+            console.log(f"warning: {warning}")
+        drawing = console.part("drawing source samples")
+        folder = train_run(recipe, args.resume_from_checkpoint, (console.observe(recipe),), drawing, console.log)
+    print(f"result: {folder.pipeline.resolve()}")
+    print(f"report: domainstudio compare {folder.path} --output {folder.report}")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from domainstudio.app.console import Console
+    from domainstudio.app.runs import sample_run
+
+    with Console() as console:
+        folder = sample_run(args.target, args.num_images, args.seed, args.output_dir, console.part("sampling"))
+    print(folder.resolve())
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from domainstudio.app.compare import evaluate_pictures
+    from domainstudio.app.console import Console, print_evaluation
+
+    with Console() as console:
+        result = evaluate_pictures(
+            args.target,
+            args.instance_data_dir,
+            args.reference_dir,
+            args.num_images,
+            args.seed,
+            _protocol(args),
+            console.progress,
+        ).to_json()
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_evaluation(result)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from domainstudio.app.compare import compare_runs
+    from domainstudio.app.console import Console, print_table
+
+    with Console() as console:
+        result = compare_runs(
+            args.runs, args.output, args.reference_dir, args.num_images, args.seed, _protocol(args), console.progress
+        )
+    print_table(result.entries)
+    print(f"report: {result.report.resolve()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Use cases that measure: evaluate a run or a folder of pictures, compare several, and the demonstration."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from domainstudio.app.recipe import Recipe, build_recipe
+from domainstudio.app.runs import RunFolder, draw_from, draw_pictures, open_domain, open_source, train_run
+from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
+from domainstudio.errors import UserError
+from domainstudio.evaluation.entry import ReportEntry
+from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
+from domainstudio.evaluation.report import write_report
+from domainstudio.models.load import load_model
+from domainstudio.training.observers import read_metrics
+from domainstudio.training.train import Observer
+
+METHOD_TITLES = {
+    "studio": ("DomainStudio", "our default: the paper's terms, with pairs formed of noised source samples"),
+    "domainstudio": ("DomainStudio, paper", "the paper's objective and pairing, sum form"),
+    "domainstudio_released": ("DomainStudio, released code", "the released code's arithmetic"),
+    "ddpm_pa": ("DDPM-PA", "the unconditional objective under its first name"),
+    "finetune": ("Plain fine-tuning", "the denoising loss alone"),
+}
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A written report and the numbers in it."""
+
+    report: Path
+    entries: tuple[ReportEntry, ...]
+
+
+def evaluate_pictures(
+    target: Path,
+    instance_data_dir: str,
+    reference_dir: Path | None = None,
+    num_images: int = 200,
+    seed: int = 0,
+    protocol: Protocol | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures a run's samples, or a folder (or .zip) of pictures made by anything.
+
+    Args:
+        target: a finished run, a pipeline folder, or pictures.
+        instance_data_dir: the training pictures, a folder or `bundled:NAME`.
+        reference_dir: held-out pictures; a bundled domain brings its own.
+        num_images: how many to draw from a run; a folder is taken whole.
+    """
+    is_model = (target / "config.toml").is_file() or (target / "model_index.json").is_file()
+    images = draw_pictures(target, num_images, seed, _part(progress, "sampling")) if is_model else read_pictures(target)
+    resolution = images.shape[-1]
+    training = load_domain(instance_data_dir, resolution).images
+    reference = _reference(instance_data_dir, reference_dir, resolution)
+    return Evaluator(training, reference, protocol or Protocol(), progress).evaluate(images)
+
+
+def compare_runs(
+    runs: Sequence[Path],
+    output: Path,
+    reference_dir: Path | None = None,
+    num_images: int = 200,
+    seed: int = 0,
+    protocol: Protocol | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Puts runs of the same source and training pictures side by side in one report, with its anchors.
+
+    Raises:
+        UserError: if a run is not finished, or they do not share source and training pictures.
+    """
+    if not runs:
+        raise UserError("compare needs at least one run folder")
+    folders = [RunFolder(run) for run in runs]
+    recipes = [folder.recipe() for folder in folders]
+    for name in ("pretrained_model_name_or_path", "instance_data_dir"):
+        values = {str(getattr(recipe, name)) for recipe in recipes}
+        if len(values) > 1:
+            raise UserError(
+                f"the runs do not share {name} ({', '.join(sorted(values))}); compare runs of one source and set"
+            )
+    recipe = recipes[0]
+    source = open_source(recipe.pretrained_model_name_or_path)
+    training = open_domain(recipe, source).images
+    reference = _reference(recipe.instance_data_dir, reference_dir, source.resolution)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress)
+
+    pictures = draw_from(source, num_images, seed, recipe.num_inference_steps, _part(progress, "sampling the source"))
+    entries = [_entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")]
+    for folder, run_recipe, title in zip(folders, recipes, _titles(folders, recipes), strict=True):
+        entries.append(_run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress))
+    copies = training.repeat(-(-num_images // len(training)), 1, 1, 1)[:num_images]
+    note = "the training pictures themselves, handed back"
+    entries.append(_entry("Copier", note, copies, evaluator.copier(num_images), "copier"))
+    if reference is not None:
+        note = "pictures of the domain that no model has seen"
+        entries.append(_entry("Real held-out pictures", note, reference, evaluator.real(), "real"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_report(
+        output,
+        title=f"{recipe.instance_data_dir} from {recipe.pretrained_model_name_or_path}",
+        summary=f"{len(training)} training pictures, {num_images} samples of each model from the same noise.",
+        training=training,
+        entries=entries,
+        details=_details(folders, recipes, num_images, seed),
+    )
+    return Comparison(output, tuple(entries))
+
+
+def demo(
+    output_dir: Path,
+    domain: str = "bundled:ink",
+    max_train_steps: int = 200,
+    num_images: int = 100,
+    observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
+    progress: Progress | None = None,
+    log: Callable[[str], None] = lambda message: None,
+) -> Comparison:
+    """Plain fine-tuning against DomainStudio on a bundled domain, from the bundled source, with a report.
+
+    Finished runs in `output_dir` with the same recipe are kept, so that a second call only measures again.
+    """
+    runs = []
+    for method in ("finetune", "studio"):
+        run = output_dir / method
+        settings = {
+            "instance_data_dir": domain,
+            "output_dir": str(run),
+            "method": method,
+            "max_train_steps": max_train_steps,
+            "validation_steps": max(1, max_train_steps // 4),
+            "num_validation_images": 8,
+        }
+        recipe = build_recipe(None, settings)
+        log(f"training {METHOD_TITLES[method][0]} on {domain}, {max_train_steps} steps")
+        if not _is_finished(run, recipe):
+            resume = "latest" if run.is_dir() and any(run.iterdir()) else None
+            train_run(recipe, resume, observers(recipe), _part(progress, "drawing source samples"), log)
+        runs.append(run)
+    return compare_runs(runs, output_dir / "report.html", num_images=num_images, progress=progress)
+
+
+def _is_finished(run: Path, recipe: Recipe) -> bool:
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        return False
+    if folder.recipe() != recipe:
+        raise UserError(f"{run} holds a run with other settings; give a new --output-dir, or remove it")
+    return folder.pipeline.is_dir()
+
+
+def _run_entry(
+    folder: RunFolder,
+    recipe: Recipe,
+    title: str,
+    evaluator: Evaluator,
+    num_images: int,
+    seed: int,
+    progress: Progress | None,
+) -> ReportEntry:
+    model = load_model(folder.finished())
+    drawing = _part(progress, f"sampling {title}")
+    pictures = draw_from(model, num_images, seed, recipe.num_inference_steps, drawing)
+    note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {recipe.max_train_steps} steps"
+    entry = _entry(title, note, pictures, evaluator.evaluate(pictures), "result")
+    sheets = sorted(folder.samples.glob("step_*"))
+    previews = [(int(sheet.name.removeprefix("step_")), read_pictures(sheet)) for sheet in sheets]
+    return replace(entry, losses=tuple(read_metrics(folder.metrics)), previews=tuple(previews))
+
+
+def _entry(title: str, note: str, images: Tensor, evaluation: Evaluation, kind) -> ReportEntry:
+    return ReportEntry(
+        title,
+        note,
+        images,
+        evaluation.to_json(),
+        kind,
+        nearest=tuple(evaluation.nearest_indices),
+        distances=tuple(evaluation.nearest_distances),
+    )
+
+
+def _reference(instance_data_dir: str, reference_dir: Path | None, resolution: int) -> Tensor | None:
+    if reference_dir is not None:
+        return read_pictures(reference_dir, resolution)
+    return heldout_pictures(instance_data_dir, resolution)
+
+
+def _titles(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> list[str]:
+    """The method's name, and the run's where two runs share a method."""
+    methods = [recipe.method for recipe in recipes]
+    return [
+        METHOD_TITLES[method][0] + (f" ({folder.path.name})" if methods.count(method) > 1 else "")
+        for folder, method in zip(folders, methods, strict=True)
+    ]
+
+
+def _details(folders: Sequence[RunFolder], recipes: Sequence[Recipe], num_images: int, seed: int) -> dict[str, str]:
+    rows = {
+        "Source model": recipes[0].pretrained_model_name_or_path,
+        "Training pictures": recipes[0].instance_data_dir,
+        "Samples": f"{num_images} a model, seed {seed}, {recipes[0].num_inference_steps} denoising steps",
+    }
+    for folder, recipe in zip(folders, recipes, strict=True):
+        rows[f"Run {folder.path.name}"] = (
+            f"{recipe.method}, {recipe.adapter}, {recipe.max_train_steps} steps of {recipe.train_batch_size}, "
+            f"learning rate {recipe.lr:g}, seed {recipe.seed}"
+        )
+    rows["Reproduce"] = " ; ".join(f"domainstudio train {folder.config} --output-dir NEW" for folder in folders)
+    return rows
+
+
+def _part(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)

@@ -1,0 +1,101 @@
+"""What a terminal shows: progress with the time left and the named losses, and tables of numbers."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from domainstudio.app.recipe import Recipe
+from domainstudio.evaluation.entry import ReportEntry
+from domainstudio.training.train import Observer, StepEvent
+
+
+class Console:
+    """Progress bars and messages on stderr, so that stdout carries results alone."""
+
+    def __init__(self):
+        self._console = rich.console.Console(file=sys.stderr)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}", style="dim"),
+            console=self._console,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "Console":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def log(self, message: str) -> None:
+        """One line."""
+        self._console.print(message, markup=False, highlight=False)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Shows `done` of `total` on the bar called `what`."""
+        self._show(what, done, total)
+
+    def part(self, what: str) -> Callable[[int, int], None]:
+        """`progress` for one bar."""
+        return lambda done, total: self._show(what, done, total)
+
+    def observe(self, recipe: Recipe) -> Observer:
+        """A bar that follows a run's steps and names its losses."""
+
+        def show(event: StepEvent) -> None:
+            losses = "  ".join(f"{name} {value:.3g}" for name, value in event.metrics.items() if name != "grad_norm")
+            self._show(f"training {recipe.method}", event.step, recipe.max_train_steps, losses)
+
+        return show
+
+    def _show(self, what: str, done: int, total: int, losses: str = "") -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total, losses=losses)
+        self._progress.update(self._tasks[what], completed=done, total=total, losses=losses)
+
+
+def print_table(entries: Sequence[ReportEntry]) -> None:
+    """The comparison as a table on stdout."""
+    table = Table(
+        title="Good: KID low, Intra-LPIPS near the real pictures' own, copies near theirs", title_justify="left"
+    )
+    table.add_column("")
+    for heading in ("KID x1000", "FID", "Intra-LPIPS", "nearest", "copies", "pictures"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        rate = entry.number("copy_rate")
+        cells = [_number(entry.number(name), digits) for name, digits in _COLUMNS]
+        copies = "–" if rate is None else f"{100 * rate:.1f} %"
+        table.add_row(entry.title, *cells, copies, str(entry.metrics.get("num_images", "–")))
+    console = rich.console.Console()
+    console.print(table)
+    reasons = {reason for entry in entries for reason in entry.metrics.get("reasons", {}).values()}
+    for reason in sorted(reasons):
+        console.print(f"– {reason}", markup=False, highlight=False)
+
+
+_COLUMNS = (("kid", 1), ("fid", 1), ("intra_lpips", 3), ("nearest_lpips", 3))
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """One evaluation, a line a number, with protocol or reason."""
+    reasons = result.get("reasons", {})
+    for name in ("kid", "fid", "intra_lpips", "copy_rate", "nearest_lpips", "num_images"):
+        note = reasons.get(name) or result.get(f"{name.removesuffix('_rate')}_protocol") or ""
+        print(f"{name:14} {_number(result[name], 4):>10}   {note}".rstrip())
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"

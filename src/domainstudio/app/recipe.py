@@ -1,0 +1,134 @@
+"""The recipe: one flat, frozen record of a run, as TOML and as command-line flags."""
+
+import json
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from domainstudio.errors import UserError
+from domainstudio.training.methods import Method, Space
+from domainstudio.training.train import MixedPrecision
+
+
+class Recipe(BaseModel):
+    """Every setting of a run. None means: chosen from the method, the adapter or the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pretrained_model_name_or_path: str = Field(
+        "bundled:avatars", description="source: pipeline folder, hub name or bundled:NAME"
+    )
+    instance_data_dir: str = Field(description="folder of training pictures, or bundled:NAME")
+    output_dir: str = Field("runs/latest", description="run folder")
+    method: Method = Field("studio", description="objective")
+    adapter: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
+    rank: int = Field(16, ge=1, description="LoRA rank")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale is lora_alpha / rank; default: rank")
+    max_train_steps: int = Field(300, ge=1, description="optimiser steps")
+    train_batch_size: int = Field(10, ge=1, description="training pictures a step")
+    learning_rate: float | None = Field(None, gt=0, description="default: 1e-4 full, 1e-3 LoRA")
+    lr_warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    use_ema: bool = Field(True, description="average the weights over the last twentieth of the run")
+    random_flip: bool = Field(False, description="mirror training pictures at random")
+    pairing: Literal["training", "source_samples"] | None = Field(None, description="which pictures form pairs")
+    image_weight: float | None = Field(None, ge=0, description="weight of the pairwise image term")
+    hf_weight: float | None = Field(None, ge=0, description="weight of the pairwise high-frequency term")
+    hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
+    space: Space | None = Field(None, description="image terms in the model's space or in decoded pixels")
+    num_prior_images: int = Field(100, ge=3, description="source samples drawn once, for pairing source_samples")
+    pair_batch_size: int = Field(10, ge=3, description="source samples a step, for pairing source_samples")
+    resolution: int | None = Field(None, ge=8, description="side of the pictures; default and only choice: the model's")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    mixed_precision: MixedPrecision = Field("no", description="no, bf16 or fp16")
+    checkpointing_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    checkpoints_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
+    validation_steps: int = Field(100, ge=1, description="steps between sample sheets")
+    num_validation_images: int = Field(16, ge=1, description="pictures a sample sheet")
+    num_inference_steps: int = Field(25, ge=1, description="denoising steps when sampling")
+
+    @model_validator(mode="after")
+    def _settings_that_clash(self) -> "Recipe":
+        if self.method not in ("finetune", "studio") and self.pairing != "source_samples" and self.train_batch_size < 3:
+            raise ValueError(
+                f"train_batch_size={self.train_batch_size}, but method {self.method} compares each picture with "
+                "at least two others; use 3 or more"
+            )
+        if self.pair_batch_size > self.num_prior_images:
+            raise ValueError(
+                f"pair_batch_size={self.pair_batch_size} is more than num_prior_images={self.num_prior_images}"
+            )
+        return self
+
+    @property
+    def scale_alpha(self) -> float:
+        """lora_alpha, or rank where it is not given."""
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def lr(self) -> float:
+        """learning_rate, or the adapter's default."""
+        return self.learning_rate or {"full": 1e-4, "lora": 1e-3}[self.adapter]
+
+    def warnings(self) -> list[str]:
+        """Settings that were given and have no effect."""
+        given = self.model_fields_set
+        unused = []
+        if self.adapter == "full":
+            unused += [(name, "adapter is full") for name in ("rank", "lora_alpha") if name in given]
+        pairs_are_samples = (
+            self.method != "finetune" and (self.pairing or _default_pairing(self.method)) == "source_samples"
+        )
+        if not pairs_are_samples:
+            names = ("num_prior_images", "pair_batch_size")
+            unused += [(name, "pairs are not formed of source samples") for name in names if name in given]
+        return [f"{name} has no effect: {why}" for name, why in unused]
+
+    def to_toml(self) -> str:
+        """TOML that `read_recipe` reads back to an equal recipe; unset settings are left out."""
+        lines = [f"{name} = {_toml_value(value)}" for name, value in self.model_dump().items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+def _default_pairing(method: Method) -> str:
+    return "source_samples" if method == "studio" else "training"
+
+
+def _toml_value(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+
+
+def build_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of a TOML file (if given) with `overrides` on top.
+
+    Raises:
+        UserError: naming every problem at once: unreadable file, unknown keys (with the nearest known one), bad values.
+    """
+    settings: dict[str, Any] = {}
+    if path is not None:
+        try:
+            settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return Recipe.model_validate({**settings, **overrides})
+    except ValidationError as error:
+        raise UserError("the recipe cannot be used:\n" + "\n".join(_explain(e) for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(name, Recipe.model_fields, n=1)
+        return f"  {name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"  {name}: required ({Recipe.model_fields[name].description})"
+    if not name:
+        return f"  {error['msg'].removeprefix('Value error, ')}"
+    return f"  {name} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"

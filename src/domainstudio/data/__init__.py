@@ -1,0 +1,1 @@
+"""The user's few pictures: checking them, reading them, and the examples that come with the library."""

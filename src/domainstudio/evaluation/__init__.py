@@ -1,0 +1,1 @@
+"""Measurement: features of images, metrics of features, and the report that shows them."""

@@ -1,0 +1,315 @@
+"""One honest account of a set of generated images: likeness to the target, diversity, and copying, side by side.
+
+Memory: an LPIPS-VGG embedding of one image takes 2 MB at 64 px and 32 MB at 256 px, so only those of the training
+pictures (and their mirror images) are kept. Generated images are embedded in batches and reduced to distances at once;
+Intra-LPIPS then embeds one cluster at a time again (about 100 MB at 64 px), which costs little beside the Inception.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from domainstudio.errors import MissingWeights, UserError
+from domainstudio.evaluation import metrics
+from domainstudio.evaluation.features import Backbone, embed, load_inception, load_lpips
+
+Progress = Callable[[str, int, int], None]
+
+SAME_PICTURE = 1e-4  # LPIPS; above the rounding of `pairwise_lpips`, far below any two different pictures
+NO_REFERENCE = (
+    "FID/KID against the training pictures would reward copying (METHOD): give --reference-dir with held-out pictures"
+)
+
+
+class _Unmeasured(Exception):
+    """A number that these pictures cannot give; the message says why and how to get it."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How to measure; numbers of different protocols must not be compared.
+
+    `lpips_px=None` means the training pictures' own size, at least 32 and at most 256.
+    """
+
+    lpips: Backbone = "vgg"
+    lpips_px: int | None = None
+    intra: Literal["cdc", "crdi"] = "cdc"
+    max_per_cluster: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.lpips_px is not None and self.lpips_px < 32:
+            raise UserError(f"lpips_px={self.lpips_px} but the LPIPS networks need at least 32; 64 to 256 is usual")
+        if self.max_per_cluster < 2:
+            raise UserError(f"max_per_cluster={self.max_per_cluster} but diversity needs pairs; use 50")
+
+    @property
+    def lpips_name(self) -> str:
+        """Such as "LPIPS-VGG at 64 px"."""
+        size = f"{self.lpips_px} px" if self.lpips_px else "the pictures' own size"
+        return f"LPIPS-{self.lpips.upper()} at {size}"
+
+    def describe(self, num_images: int) -> str:
+        """The Intra-LPIPS protocol in words: "CDC: LPIPS-VGG at 64 px, 500 images, at most 50 a cluster"."""
+        limit = "at most" if self.intra == "cdc" else "the first"
+        return f"{self.intra.upper()}: {self.lpips_name}, {num_images} images, {limit} {self.max_per_cluster} a cluster"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers, each with the protocol it was measured by; a number that is None has its reason in `reasons`."""
+
+    num_images: int
+    num_reference: int
+    intra_lpips: float | None  # diversity; the goal is the value of real pictures, not the highest
+    nearest_lpips: float | None  # mean over images; to a training picture or its mirror image, whichever is nearer
+    copy_rate: float | None  # share of images nearer to a training picture than `copy_threshold`
+    copy_threshold: float | None
+    kid: float | None  # x 10^3
+    fid: float | None
+    intra_lpips_protocol: str
+    copy_protocol: str
+    kid_protocol: str
+    fid_protocol: str
+    nearest_indices: tuple[int, ...] = ()
+    nearest_distances: tuple[float, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: numbers, strings, lists, None; never NaN or infinity."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+class _Networks:
+    """What the metric networks see; loaded when first needed, on the device of the training pictures."""
+
+    def __init__(self, training: Tensor, protocol: Protocol, progress: Progress | None):
+        assert protocol.lpips_px
+        self.training, self.protocol, self.px, self.progress = training, protocol, protocol.lpips_px, progress
+        self.batch_size = max(1, 32 * 64**2 // self.px**2)  # about 64 MB of embeddings a batch
+
+    @cached_property
+    def lpips(self) -> nn.Module:
+        return load_lpips(self.protocol.lpips).to(self.training.device)
+
+    @cached_property
+    def inception(self) -> nn.Module:
+        return load_inception().to(self.training.device)
+
+    @cached_property
+    def training_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Of the training pictures and of their mirror images."""
+        return self.embeddings(self.training), self.embeddings(self.training.flip(-1))
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        return embed(self.lpips, images, self.batch_size, self.px)
+
+    def told(self, stage: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+class _Pictures:
+    """A set of pictures and, when asked, what the networks see in it. `index` repeats pictures at no cost."""
+
+    def __init__(self, networks: _Networks, images: Tensor, title: str, index: Tensor | None = None):
+        self.networks, self.images, self.title = networks, images, title
+        self.index = torch.arange(len(images)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """LPIPS embeddings of a few."""
+        unique, inverse = self.index[index].unique(return_inverse=True)
+        return self.networks.embeddings(self.images[unique.to(self.images.device)])[inverse]
+
+    @cached_property
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """(N, M) LPIPS to the training pictures, and to the nearer of each and its mirror image."""
+        networks = self.networks
+        plain, mirrored, told = [], [], networks.told(f"LPIPS of the {self.title}")
+        targets, mirrors = networks.training_embeddings
+        for start in range(0, len(self.images), networks.batch_size):
+            batch = networks.embeddings(self.images[start : start + networks.batch_size])
+            plain.append(metrics.pairwise_lpips(batch, targets).cpu())
+            mirrored.append(metrics.pairwise_lpips(batch, mirrors).cpu())
+            if told:
+                told(start + len(batch), len(self.images))
+        table = torch.cat(plain)
+        return table[self.index], torch.minimum(table, torch.cat(mirrored))[self.index]
+
+    @cached_property
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Distance to, and index of, the nearest training picture or mirror image: what copying is judged by."""
+        return metrics.nearest(self.distances[1])
+
+    @cached_property
+    def inception(self) -> Tensor:
+        """(N, 2048)."""
+        told = self.networks.told(f"Inception of the {self.title}")
+        return embed(self.networks.inception, self.images, progress=told).cpu()[self.index]
+
+
+class Evaluator:
+    """Measures sets of images against one set of training pictures; what it learns of those and the reference is kept.
+
+    Args:
+        training: (N, 3, H, W) in [-1, 1], the few pictures trained on; the networks run on its device.
+        reference: (M, 3, H, W) in [-1, 1], held-out pictures of the same domain; None leaves KID and FID out.
+        protocol: how to measure.
+        progress: told (stage, done, total).
+
+    Raises:
+        UserError: if the pictures are not of that shape and range. Missing weights are no error: the numbers that
+            need them are None and `reasons` says how to get them.
+    """
+
+    def __init__(
+        self,
+        training: Tensor,
+        reference: Tensor | None,
+        protocol: Protocol = Protocol(),
+        progress: Progress | None = None,
+    ):
+        _check(training, "training")
+        px = protocol.lpips_px or max(32, min(256, *training.shape[-2:]))
+        self.protocol = replace(protocol, lpips_px=px)
+        self._networks = _Networks(training, self.protocol, progress)
+        self._training = _Pictures(self._networks, training, "training pictures")
+        self._reference = None
+        if reference is not None:
+            _check(reference, "reference")
+            self._reference = _Pictures(self._networks, reference, "reference pictures")
+
+    @torch.inference_mode()
+    def evaluate(self, images: Tensor) -> Evaluation:
+        """Measures generated images, (N, 3, H, W) in [-1, 1]."""
+        _check(images, "generated")
+        return self._evaluation(_Pictures(self._networks, images, "generated images"))
+
+    @torch.inference_mode()
+    def copier(self, num_images: int) -> Evaluation:
+        """The anchor that a perfect memoriser would score: the training pictures, repeated."""
+        index = torch.arange(num_images) % len(self._training)
+        return self._evaluation(_Pictures(self._networks, self._training.images, self._training.title, index))
+
+    @torch.inference_mode()
+    def real(self) -> Evaluation:
+        """The anchor to aim at: the held-out pictures as if generated; KID and FID between two random halves of them.
+
+        Raises:
+            UserError: without reference pictures.
+        """
+        if self._reference is None:
+            raise UserError("the value of real pictures needs held-out pictures: give --reference-dir")
+        return self._evaluation(self._reference)
+
+    def _evaluation(self, pictures: _Pictures) -> Evaluation:
+        reasons: dict[str, str] = {}
+
+        def measured(name: str, measure: Callable[[], float]) -> float | None:
+            try:
+                return measure()
+            except (MissingWeights, _Unmeasured) as why:
+                reasons[name] = str(why)
+                return None
+
+        intra = measured("intra_lpips", lambda: self._intra(pictures))
+        mean_nearest = measured("nearest_lpips", lambda: float(pictures.nearest[0].mean()))
+        threshold = measured("copy_threshold", lambda: self._threshold[0])
+        rate = measured("copy_rate", lambda: metrics.copy_rate(pictures.nearest[0], self._threshold[0]))
+        kid = measured("kid", lambda: 1e3 * metrics.kernel_distance(*self._compared(pictures)))
+        fid = measured("fid", lambda: metrics.frechet_distance(*self._compared(pictures)))
+        distances, indices = pictures.nearest if mean_nearest is not None else (torch.empty(0), torch.empty(0))
+        sets = self._sets(pictures)
+        return Evaluation(
+            num_images=len(pictures),
+            num_reference=len(self._reference) if self._reference else 0,
+            intra_lpips=intra,
+            nearest_lpips=mean_nearest,
+            copy_rate=rate,
+            copy_threshold=threshold,
+            kid=kid,
+            fid=fid,
+            intra_lpips_protocol=self.protocol.describe(len(pictures)),
+            copy_protocol=f"{self.protocol.lpips_name} to the nearest training picture or its mirror image"
+            + (f"; a copy is nearer than {self._threshold[1]}" if threshold is not None else ""),
+            kid_protocol=f"KID x 10³, unbiased, whole sets: {sets}",
+            fid_protocol=f"FID, bicubic to 299 px: {sets}: compare only with values measured the same way",
+            nearest_indices=tuple(int(i) for i in indices),
+            nearest_distances=tuple(float(d) for d in distances),
+            reasons=reasons,
+            notes=self._threshold[2] if threshold is not None else (),
+        )
+
+    def _intra(self, pictures: _Pictures) -> float:
+        if len(pictures) < 2:
+            raise _Unmeasured("diversity needs at least 2 images; generate more, 500 or 1,000 is usual")
+        _, assignment = metrics.nearest(pictures.distances[0])  # without mirror images: the published protocols
+        limit = self.protocol.max_per_cluster
+        if self.protocol.intra == "crdi":
+            return metrics.intra_lpips_crdi(pictures, assignment, len(self._training), limit)
+        generator = torch.Generator().manual_seed(self.protocol.seed)
+        value = metrics.intra_lpips_cdc(pictures, assignment, len(self._training), generator, limit)
+        if value is None:
+            raise _Unmeasured("no two images share a nearest training picture; generate more, 500 or 1,000 is usual")
+        return value
+
+    @cached_property
+    def _threshold(self) -> tuple[float, str, tuple[str, ...]]:
+        """Distance of a copy, the rule it comes from, and notes on the reference."""
+        notes = ()
+        if self._reference:
+            real = self._reference.nearest[0]
+            honest = real[real > SAME_PICTURE]
+            if leaked := len(real) - len(honest):
+                notes = (
+                    f"{leaked} reference pictures are training pictures, so KID and FID reward copying: remove them",
+                )
+            if len(honest):
+                return metrics.copy_threshold(honest), f"all but 1 % of {len(honest)} held-out pictures", notes
+        if len(self._training) < 2:
+            raise _Unmeasured("one training picture has no spread to judge copies by: give --reference-dir")
+        rule = f"half the median distance between neighbours among the {len(self._training)} training pictures"
+        return metrics.spread_threshold(self._training.distances[1]), rule, notes
+
+    def _sizes(self, pictures: _Pictures) -> tuple[int, int]:
+        """How many pictures KID and FID compare with how many."""
+        if pictures is self._reference:
+            return len(pictures) // 2, len(pictures) - len(pictures) // 2
+        return len(pictures), len(self._reference) if self._reference else 0
+
+    def _compared(self, pictures: _Pictures) -> tuple[Tensor, Tensor]:
+        """Inception features of the two sets that KID and FID compare."""
+        if self._reference is None:
+            raise _Unmeasured(NO_REFERENCE)
+        if min(sizes := self._sizes(pictures)) < 2:
+            raise _Unmeasured(
+                f"{sizes[0]} pictures against {sizes[1]}: KID and FID need at least 2 in each set, and hundreds to mean "
+                "something; give more"
+            )
+        if pictures is not self._reference:
+            return pictures.inception, self._reference.inception
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(self.protocol.seed))
+        return pictures.inception[order[: sizes[0]]], pictures.inception[order[sizes[0] :]]
+
+    def _sets(self, pictures: _Pictures) -> str:
+        a, b = self._sizes(pictures)
+        if pictures is self._reference:
+            return f"two disjoint random halves ({a} and {b}) of the reference pictures"
+        return f"{a} {pictures.title}, {b} reference pictures"
+
+
+def _check(images: Tensor, title: str) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise UserError(f"the {title} pictures have shape {tuple(images.shape)}; give (N, 3, height, width), N >= 1")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1.001 and high <= 1.001):
+        raise UserError(f"the {title} pictures range from {low:g} to {high:g}; scale them to [-1, 1]")

@@ -1,0 +1,161 @@
+"""Metrics as pure functions of features: no networks, no files, no images. Tensors in, numbers out."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rows(Protocol):
+    """Embeddings by index: a tensor (N, D), or anything that makes rows when asked, to spare memory."""
+
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance between the Gaussians fitted to two sets of features; FID if they are Inception's.
+
+    With centred features A, B scaled so that A'A and B'B are the covariances, the trace of (A'A B'B)^1/2 is the sum of
+    the singular values of A B'. No root of a singular matrix is taken, so fewer images than features is no problem.
+
+    Args:
+        a: (N, D), N >= 2.
+        b: (M, D), M >= 2.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6, with unbiased covariances.
+    Trap: biased upwards, the more the smaller the sets; compare only values measured with the same numbers of images.
+    """
+    mean_a, factor_a = _mean_and_factor(a.double())
+    mean_b, factor_b = _mean_and_factor(b.double())
+    cross = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + factor_a.square().sum() + factor_b.square().sum() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and a factor F (at most D rows) with F'F = covariance."""
+    mean = features.mean(0)
+    factor = (features - mean) / (len(features) - 1) ** 0.5
+    if len(factor) > factor.shape[1]:  # same F'F and fewer rows
+        factor = torch.linalg.qr(factor, mode="r").R
+    return mean, factor
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD with the kernel (x·y / D + 1)³; KID if the features are Inception's (reported x 10³).
+
+    Args:
+        a: (N, D), N >= 2.
+        b: (M, D), M >= 2.
+
+    Source: Bińkowski et al. 2018 (arXiv 1801.01401). Differs from the released code: the whole sets at once, not the
+    mean over random subsets; the expectation is the same and the result is deterministic.
+    Trap: unbiased, hence negative at times for sets that agree.
+    """
+    a, b = a.double(), b.double()
+    return float(_mean_off_diagonal(_kernel(a, a)) + _mean_off_diagonal(_kernel(b, b)) - 2 * _kernel(a, b).mean())
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _mean_off_diagonal(table: Tensor) -> Tensor:
+    return (table.sum() - table.trace()) / (len(table) * (len(table) - 1))
+
+
+def pairwise_lpips(a: Tensor, b: Tensor) -> Tensor:
+    """(N, D) and (M, D) embeddings of `Lpips` -> (N, M) distances >= 0.
+
+    Source: Zhang et al. 2018 (arXiv 1801.03924), written as a squared Euclidean distance.
+    Trap: equal images come out as about 1e-6, not exactly 0 (one matrix product in float32).
+    """
+    norms_a, norms_b = (torch.linalg.vector_norm(x, dim=1).square() for x in (a, b))
+    return (norms_a[:, None] + norms_b - 2 * (a @ b.T)).clamp(min=0)
+
+
+def nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, M) distances -> the smallest of every row (N,) and its column (N,)."""
+    values, indices = distances.min(dim=1)
+    return values, indices
+
+
+def intra_lpips_cdc(
+    embeddings: Rows, assignment: Tensor, num_clusters: int, generator: torch.Generator, max_per_cluster: int = 50
+) -> float | None:
+    """Intra-LPIPS as CDC measures it: at most `max_per_cluster` random images a cluster, empty clusters dropped.
+
+    A cluster of one image has no pair and is dropped too. None if no cluster has a pair.
+
+    Args:
+        embeddings: (N, D) of `Lpips`.
+        assignment: (N,) index of the training picture nearest to each image.
+        num_clusters: number of training pictures.
+        generator: chooses the images.
+        max_per_cluster: at least 2.
+
+    Source: Ojha et al. 2021 (arXiv 2104.06820), section 4.
+    Trap: dropping hides training pictures that the model never approaches; CRDI's count is lower for the same images.
+    """
+    values = [
+        _mean_pair(embeddings[members[torch.randperm(len(members), generator=generator)[:max_per_cluster]]])
+        for members in _members(assignment, num_clusters)
+        if len(members) >= 2
+    ]
+    return sum(values) / len(values) if values else None
+
+
+def intra_lpips_crdi(embeddings: Rows, assignment: Tensor, num_clusters: int, max_per_cluster: int = 50) -> float:
+    """Intra-LPIPS as CRDI and Uni-DAD measure it: the first images of each cluster; empty or single counts 0.
+
+    Arguments as in `intra_lpips_cdc`; deterministic, so no generator.
+
+    Source: the released evaluation of CRDI and Uni-DAD (5,000 images, first 50 to 100 a cluster).
+    Trap: not comparable with CDC's value: an unbalanced model is punished here.
+    """
+    values = [
+        _mean_pair(embeddings[members[:max_per_cluster]])
+        for members in _members(assignment, num_clusters)
+        if len(members) >= 2
+    ]
+    return sum(values) / num_clusters
+
+
+def _members(assignment: Tensor, num_clusters: int) -> Iterator[Tensor]:
+    assignment = assignment.cpu()  # indices and their random order do not depend on the device
+    return ((assignment == cluster).nonzero().flatten() for cluster in range(num_clusters))
+
+
+def _mean_pair(embeddings: Tensor) -> float:
+    return float(_mean_off_diagonal(pairwise_lpips(embeddings, embeddings)))
+
+
+def copy_threshold(real_nearest: Tensor, quantile: float = 0.01) -> float:
+    """The distance below which only `quantile` of real held-out pictures lie: closer than that is a copy.
+
+    Args:
+        real_nearest: (N,) distance of each held-out picture to its nearest training picture.
+        quantile: the share of real pictures that will be called copies.
+
+    Trap: with fewer than 1 / quantile pictures it is about their smallest distance; a held-out picture that is also a
+    training picture pulls it to 0.
+    """
+    return float(torch.quantile(real_nearest.double(), quantile))
+
+
+def spread_threshold(train_distances: Tensor) -> float:
+    """A threshold without held-out pictures: half the median distance of a training picture to the nearest other one.
+
+    Args:
+        train_distances: (N, N) among the training pictures, N >= 2; the diagonal is ignored.
+
+    Trap: a rule of thumb, in no way calibrated; use `copy_threshold` wherever there are held-out pictures.
+    """
+    others = train_distances.double().clone().fill_diagonal_(float("inf"))
+    return float(others.min(dim=1).values.quantile(0.5)) / 2
+
+
+def copy_rate(nearest_values: Tensor, threshold: float) -> float:
+    """Share (0 to 1) of images at most `threshold` away from their nearest training picture."""
+    return float((nearest_values <= threshold).double().mean())

@@ -1,0 +1,195 @@
+"""The report: one self-contained HTML page that shows a run and says plainly what its numbers mean."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from torch import Tensor
+
+from domainstudio.evaluation.charts import loss_charts
+from domainstudio.evaluation.entry import ReportEntry, diversity_gap, find_real, is_copying, percent, plain
+from domainstudio.evaluation.gallery import filmstrip, nearest_gallery, noise_gallery, training_gallery
+from domainstudio.evaluation.verdict import judge
+
+__all__ = ["ReportEntry", "write_report"]
+
+_METRICS = {
+    "kid": "KID ×10³",
+    "fid": "FID",
+    "intra_lpips": "Intra-LPIPS",
+    "nearest_lpips": "Nearest distance",
+    "copy_rate": "Copies",
+    "num_images": "Images",
+}
+_HOW_TO_READ = {
+    "KID, FID": "How far the pictures are from held-out pictures of the domain. Lower is better – among models that do "
+    "not copy: a copier scores excellently, and it means nothing. Compare KID; FID is biased when images are few.",
+    "Intra-LPIPS": "How much pictures that resemble the same training picture differ from each other. Good is to equal "
+    "the real pictures, not to be high: below them, variety was lost; above them, the model has often not adapted yet. "
+    "The small number is the gap to the real pictures.",
+    "Nearest distance": "The mean LPIPS distance from a picture to its nearest training picture. Near zero: copies.",
+    "Copies": "The share of pictures closer to a training picture than almost any real picture is. Real pictures have "
+    "a small share too; only what clearly exceeds it, given the number of images, is called copying.",
+}
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    summary: str,
+    training: Tensor,
+    entries: Sequence[ReportEntry],
+    details: Mapping[str, str],
+) -> None:
+    """Write the report as one HTML file that needs nothing but itself.
+
+    Args:
+        path: the file to write; its folder is made.
+        title: the name of the run.
+        summary: one or two sentences below it.
+        training: (N, 3, H, W) in [-1, 1], the pictures the model was adapted to.
+        entries: models and anchors, in the order of the table.
+        details: settings of the run; values under a name that starts with "command" are shown as how to reproduce it.
+    """
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=escape(title),
+        summary=escape(summary),
+        verdict=_verdict(entries, len(training)),
+        sections="".join(_sections(training, entries, details)),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _sections(training: Tensor, entries: Sequence[ReportEntry], details: Mapping[str, str]) -> list[str]:
+    judged = [entry for kind in ("result", "real") for entry in entries if entry.kind == kind]
+    nearest = "".join(nearest_gallery(entry, training) for entry in judged if entry.kind == "result" or entry.nearest)
+    noise = noise_gallery(entries)
+    return [
+        _section("Training pictures", "All that the models were given of the domain.", training_gallery(training)),
+        _section("The numbers", "", _table(entries) + _how_to_read() + _protocols(entries)) if entries else "",
+        _section(
+            "Same noise, side by side",
+            "Each column starts from the same noise. A good adaptation keeps what the source drew and changes "
+            "how it is drawn; a sample that has become a training picture was memorised.",
+            noise,
+        )
+        if noise
+        else "",
+        _section(
+            "Samples and their nearest training pictures",
+            "Above: a sample. Below: the training picture it is nearest to, and the LPIPS distance between them.",
+            nearest,
+        )
+        if nearest
+        else "",
+        _training_section(entries),
+        _details(details),
+    ]
+
+
+def _section(heading: str, lead: str, body: str) -> str:
+    return f"<section><h2>{heading}</h2>{f'<p>{lead}</p>' if lead else ''}{body}</section>"
+
+
+def _verdict(entries: Sequence[ReportEntry], num_training: int) -> str:
+    verdict = judge(entries, num_training)
+    findings = "".join(f'<li class="{tone}">{escape(text)}</li>' for tone, text in verdict.findings)
+    return f"<p>{escape(verdict.headline)}</p>" + (f"<ul>{findings}</ul>" if findings else "")
+
+
+def _table(entries: Sequence[ReportEntry]) -> str:
+    """Entries as rows, metrics as columns; a missing number is a dash with a footnote that says why."""
+    real, reasons = find_real(entries), dict[str, int]()
+    rows = ""
+    for entry in entries:
+        flag = ' class="flag"' if _copies(entry, real) and entry.number("copy_rate") else ""
+        cells = "".join(
+            f'<td data-label="{label}"{flag if name == "copy_rate" else ""}>{_cell(entry, name, real, reasons)}</td>'
+            for name, label in _METRICS.items()
+        )
+        rows += (
+            f'<tr class="{entry.kind}"><th scope="row">{escape(entry.title)}'
+            f"<small>{escape(entry.note)}</small></th>{cells}</tr>"
+        )
+    head = "".join(f'<th scope="col">{name}</th>' for name in _METRICS.values())
+    notes = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+    return (
+        f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Model</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>" + (f'<ol class="reasons">{notes}</ol>' if notes else "")
+    )
+
+
+def _cell(entry: ReportEntry, name: str, real: ReportEntry | None, reasons: dict[str, int]) -> str:
+    value = entry.number(name)
+    if value is None:
+        mark = reasons.setdefault(entry.reason(name), len(reasons) + 1)
+        return f"–<sup>{mark}</sup>"
+    if name == "intra_lpips":
+        gap = diversity_gap(entry, real) if entry is not real else None
+        return f"{value:.3f}" + (f"<small>{gap:+.3f}</small>".replace("-", "−") if gap is not None else "")
+    formats = {"kid": plain, "fid": plain, "nearest_lpips": "{:.3f}".format, "copy_rate": percent}
+    text = formats.get(name, "{:,.0f}".format)(value)
+    return f"<s>{text}</s>" if name in ("kid", "fid") and _copies(entry, real) else text
+
+
+def _copies(entry: ReportEntry, real: ReportEntry | None) -> bool:
+    return entry is not real and (entry.kind == "copier" or is_copying(entry, real) is True)
+
+
+def _how_to_read() -> str:
+    items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in _HOW_TO_READ.items())
+    return f'<dl class="reading">{items}</dl>'
+
+
+def _protocols(entries: Sequence[ReportEntry]) -> str:
+    """How each metric was measured, once where all entries agree, else by entry with a warning; then the notes."""
+    users: dict[str, dict[str, list[str]]] = {}
+    for entry in entries:
+        for key, text in entry.metrics.items():
+            if key.endswith("_protocol") and text:
+                users.setdefault(key.removesuffix("_protocol"), {}).setdefault(str(text), []).append(entry.title)
+    lines = []
+    for name, protocols in users.items():
+        label = _METRICS.get(name, name.replace("_", " ").capitalize())
+        if len(protocols) == 1:
+            lines.append(f"{label}: {next(iter(protocols))}")
+        else:
+            each = "; ".join(f"{text} ({', '.join(titles)})" for text, titles in protocols.items())
+            lines.append(f"{label} was measured in different ways, so these rows do not compare: {each}")
+    lines += dict.fromkeys(str(note) for entry in entries for note in entry.metrics.get("notes") or ())
+    return '<p class="protocols">' + "<br>".join(escape(line) for line in lines) + "</p>" if lines else ""
+
+
+def _training_section(entries: Sequence[ReportEntry]) -> str:
+    parts = [_training(entry) for entry in entries if entry.losses or entry.previews]
+    lead = (
+        "The bold line is a moving average, the faint one what was logged; each chart has its own scale. A falling "
+        "loss is no proof of a good model: memorising lowers it too."
+    )
+    return _section("Over training", lead, "".join(parts)) if parts else ""
+
+
+def _training(entry: ReportEntry) -> str:
+    charts, film = loss_charts(entry.losses), filmstrip(entry)
+    return (
+        f"<h3>{escape(entry.title)}</h3>"
+        + (f'<div class="charts">{charts}</div>' if charts else "")
+        + (f'<p class="caption">Samples from fixed noise, by training step</p>{film}' if film else "")
+    )
+
+
+def _details(details: Mapping[str, str]) -> str:
+    commands = [value for name, value in details.items() if name.lower().startswith("command")]
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
+        for name, value in details.items()
+        if not name.lower().startswith("command")
+    )
+    how = "".join(f"<pre><code>{escape(command)}</code></pre>" for command in commands)
+    again = how or "<p>Train again with the settings and the seed above.</p>"
+    table = f'<table class="details"><tbody>{rows}</tbody></table>' if rows else ""
+    return _section("Run details", "", f"{table}<h3>How to reproduce</h3>{again}") if details else ""

@@ -1,0 +1,1 @@
+"""The losses as pure, vectorised functions of tensors."""

@@ -1,0 +1,150 @@
+"""Who is student and who is source: full fine-tuning keeps a frozen copy, LoRA is the source with its adapters off."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from domainstudio.errors import UserError
+
+LORA_FILE = "lora.safetensors"
+
+
+class Adaptation(Protocol):
+    """A student network, the frozen source it came from, and what of the student is trained."""
+
+    network: nn.Module
+
+    def source(self) -> "contextmanager[nn.Module]":
+        """Context with the source network: no gradients, eval mode, the original weights bit for bit."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in a fixed order."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors by name."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `state` returned."""
+        ...
+
+    def merged(self) -> nn.Module:
+        """A plain copy of the student, without adapters, for an ordinary pipeline folder."""
+        ...
+
+
+class FullAdaptation:
+    """All weights are trained; the source is a frozen copy (twice the weights in memory)."""
+
+    def __init__(self, network: nn.Module, keep_source: bool = True):
+        self._source = copy.deepcopy(network).requires_grad_(False).eval() if keep_source else None
+        self.network = network.requires_grad_(True)
+
+    @contextmanager
+    def source(self) -> Iterator[nn.Module]:
+        """The frozen copy."""
+        assert self._source is not None, "built with keep_source=False"
+        with torch.no_grad():
+            yield self._source
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter."""
+        return list(self.network.parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the network."""
+        return self.network.state_dict()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Loads every tensor of the network."""
+        self.network.load_state_dict(state)
+
+    def merged(self) -> nn.Module:
+        """A copy of the network."""
+        return copy.deepcopy(self.network)
+
+
+class LoraAdaptation:
+    """Low-rank adapters on attention and convolutions; the source is the same network with the adapters off.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685): W + (lora_alpha / rank) B A.
+    """
+
+    def __init__(self, network: nn.Module, rank: int, lora_alpha: float, seed: int):
+        targets = [
+            name for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and name != "conv_out"
+        ]
+        network.requires_grad_(False)
+        devices = [p.device for p in network.parameters() if p.device.type == "cuda"][:1]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
+            self.network = inject_adapter_in_model(config, network)
+        self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+
+    @contextmanager
+    def source(self) -> Iterator[nn.Module]:
+        """The network with its adapters off; close it before backward()."""
+        training = self.network.training
+        self.network.eval()
+        self._enable(False)
+        try:
+            with torch.no_grad():
+                yield self.network
+        finally:
+            self._enable(True)
+            self.network.train(training)
+
+    def _enable(self, on: bool) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(on)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapters' parameters."""
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' tensors, under peft's names."""
+        return get_peft_model_state_dict(self.network)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Loads the adapters' tensors.
+
+        Raises:
+            UserError: if they belong to another network or rank.
+        """
+        result = set_peft_model_state_dict(self.network, state)
+        if result.unexpected_keys:
+            raise UserError(f"the LoRA does not fit this model: it also has {result.unexpected_keys[:3]}")
+
+    def merged(self) -> nn.Module:
+        """A copy with the adapters' product added to the weights, and peft's wrappers gone."""
+        plain = copy.deepcopy(self.network)
+        for name, module in list(plain.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent = plain.get_submodule(name.rpartition(".")[0]) if "." in name else plain
+                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        return plain
+
+
+def save_lora(adaptation: LoraAdaptation, path: Path, rank: int, lora_alpha: float) -> None:
+    """Writes the adapters as safetensors, with rank and alpha in the metadata."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in adaptation.state().items()}
+    save_file(tensors, path, metadata={"format": "pt", "rank": str(rank), "lora_alpha": str(lora_alpha)})
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The tensors `save_lora` wrote."""
+    return load_file(path)

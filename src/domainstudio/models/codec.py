@@ -1,0 +1,67 @@
+"""Between pictures in [-1, 1] and the space a diffusion model works in."""
+
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """Pictures (N, 3, H, W) in [-1, 1] <-> model space (N, C, h, w), roughly unit variance."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What `draw` needs of each picture, (N, ...), computed once for a whole run."""
+        ...
+
+    def draw(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
+        """A model-space sample (N, C, h, w) of each encoded picture."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures; differentiable."""
+        ...
+
+
+class PixelCodec:
+    """Model space is picture space."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The pictures themselves."""
+        return images
+
+    def draw(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
+        """The pictures themselves."""
+        return encoded
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The pictures themselves."""
+        return x0
+
+
+class VaeCodec:
+    """Latents of an autoencoder, with its scale and shift applied on encoding and undone on decoding."""
+
+    def __init__(self, vae: AutoencoderKL | VQModel):
+        self.vae = vae.requires_grad_(False).eval()
+        self.scale = float(vae.config.get("scaling_factor") or 1.0)
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(N, 2C, h, w): mean and standard deviation of the posterior, in model space (VQ models: deviation 0)."""
+        encoded = self.vae.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        return torch.cat([(mean - self.shift) * self.scale, std * self.scale], 1)
+
+    def draw(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
+        """mean + std * noise."""
+        mean, std = encoded.chunk(2, dim=1)
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures, about [-1, 1], not clamped."""
+        return self.vae.decode(x0 / self.scale + self.shift).sample

@@ -1,0 +1,88 @@
+"""What watches a run: the metrics log, sample sheets and checkpoints. Each is a callable that takes a StepEvent."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from domainstudio.data.domain import to_pil
+from domainstudio.models.adaptation import Adaptation
+from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sample import decode, sample
+from domainstudio.training.state import save_checkpoint
+from domainstudio.training.train import StepEvent
+
+
+class MetricsLog:
+    """Appends one JSON object a step to metrics.jsonl; on resuming, first drops the steps that will be done again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, event: StepEvent) -> None:
+        """Writes the step, or (at the start) cuts the log back to it."""
+        if not event.metrics:
+            kept = [record for record in read_metrics(self.path) if record["step"] <= event.step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class SampleSheets:
+    """Writes samples/step_N/ from the same noise every time: before the first step, every `every` steps, at the end."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: DiffusionModel,
+        adaptation: Adaptation,
+        num_images: int,
+        every: int,
+        last: int,
+        seed: int,
+        num_inference_steps: int,
+    ):
+        self.folder, self.model, self.adaptation = folder, model, adaptation
+        self.num_images, self.every, self.last = num_images, every, last
+        self.seed, self.num_inference_steps = seed, num_inference_steps
+
+    def __call__(self, event: StepEvent) -> None:
+        """Samples with the averaged weights when a sheet is due."""
+        folder = self.folder / f"step_{event.step:06d}"
+        due = event.step % self.every == 0 or event.step == self.last
+        if not due or (not event.metrics and folder.exists()):
+            return
+        with event.averaged():
+            network = self.adaptation.network
+            x0 = sample(self.model, network, self.num_images, self.seed, self.num_inference_steps)
+        images = decode(self.model, x0, next(network.parameters()).device)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(to_pil(images)):
+            image.save(folder / f"{index:03d}.png")
+
+
+class Checkpoints:
+    """Writes checkpoint-N/ every `every` steps and at the end, keeping the newest `total_limit`."""
+
+    def __init__(self, output_dir: Path, every: int, last: int, total_limit: int | None):
+        self.output_dir, self.every, self.last, self.total_limit = output_dir, every, last, total_limit
+
+    def __call__(self, event: StepEvent) -> None:
+        """Saves when a checkpoint is due."""
+        if event.metrics and (event.step % self.every == 0 or event.step == self.last):
+            with torch.no_grad():
+                save_checkpoint(self.output_dir, event.state(), self.total_limit)

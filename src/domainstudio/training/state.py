@@ -1,0 +1,110 @@
+"""Checkpoints: written whole or not at all, so a kill at any moment leaves the last good one."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from domainstudio.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """Everything a step changes: `step` counts finished steps; tensors are by parameter name."""
+
+    step: int
+    student: dict[str, Tensor]
+    average: list[Tensor] = field(default_factory=list)
+    """Exponential moving average of the trained parameters, in their order; empty without EMA."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """fp16 loss scale; empty otherwise."""
+
+
+def save_checkpoint(output_dir: Path, state: TrainState, total_limit: int | None = None) -> Path:
+    """Writes `checkpoint-N` beside the others: into a hidden folder first, flushed to disk, then renamed.
+
+    With `total_limit`, the oldest checkpoints beyond it are removed, after the new one is in place.
+    """
+    final, partial = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in state.student.items()}, partial / "student.safetensors"
+    )
+    if state.average:
+        average = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(state.average)}
+        save_file(average, partial / "average.safetensors")
+    torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps({"step": state.step}))
+    for path in partial.iterdir():
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(output_dir)
+    if total_limit is not None:
+        for _, path in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(path)
+    return final
+
+
+def load_checkpoint(path: Path) -> TrainState:
+    """What `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        UserError: if `path` is not a whole checkpoint.
+    """
+    try:
+        step = json.loads((path / "state.json").read_text())["step"]
+        saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        average_file = path / "average.safetensors"
+        average = load_file(average_file) if average_file.exists() else {}
+        return TrainState(
+            step,
+            load_file(path / "student.safetensors"),
+            [average[str(i)] for i in range(len(average))],
+            saved["optimizer"],
+            saved["scaler"],
+        )
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a usable checkpoint ({error}); resume from another, or start anew") from error
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every whole checkpoint, oldest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and number.isdigit():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def find_checkpoint(output_dir: Path, which: str) -> Path | None:
+    """The checkpoint that `--resume-from-checkpoint` names: "latest" (None if there is none yet), or a folder.
+
+    Raises:
+        UserError: if a named checkpoint does not exist.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if which == "latest":
+        return checkpoints[-1][1] if checkpoints else None
+    for path in (output_dir / which, Path(which)):
+        if path.is_dir():
+            return path
+    names = ", ".join(path.name for _, path in checkpoints) or "none yet"
+    raise UserError(f'no checkpoint {which!r}; {output_dir} holds: {names}. Give one of them, or "latest"')
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,199 @@
+"""The loop: one for pixels and latents, full fine-tuning and LoRA, every method and parameterisation."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from domainstudio.data.batches import batch_indices, step_generator
+from domainstudio.errors import UserError
+from domainstudio.models.adaptation import Adaptation
+from domainstudio.models.model import DiffusionModel
+from domainstudio.training.objective import Objective, look, unweighted
+from domainstudio.training.state import TrainState
+
+MixedPrecision = Literal["no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to optimise; what to optimise is the Objective's."""
+
+    max_train_steps: int
+    train_batch_size: int
+    learning_rate: float
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01
+    use_ema: bool = True
+    random_flip: bool = False
+    pair_batch_size: int = 10
+    """Source samples a step, where pairs are formed of them."""
+    mixed_precision: MixedPrecision = "no"
+    seed: int = 0
+
+    @property
+    def ema_decay(self) -> float:
+        """Averages over about the last twentieth of the run: a fixed 0.9999 would keep a short run at its source."""
+        return min(0.9999, 1 - 1 / max(1.0, 0.05 * self.max_train_steps))
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A finished step, or the start (step 0, no metrics). Observers may sample inside `averaged()`."""
+
+    step: int
+    metrics: dict[str, float]
+    state: Callable[[], TrainState]
+    averaged: Callable
+    """Context in which the student holds its averaged weights (the weights a result has)."""
+
+
+Observer = Callable[[StepEvent], None]
+
+
+class Training:
+    """A run in progress: student, optimiser and average. `train` drives it."""
+
+    def __init__(self, adaptation: Adaptation, config: TrainConfig, accelerator: Accelerator):
+        self.adaptation, self.config, self.accelerator = adaptation, config, accelerator
+        self.parameters = adaptation.parameters()
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.average = [p.detach().clone() for p in self.parameters] if config.use_ema else []
+        self.step = 0
+
+    def state(self) -> TrainState:
+        """A snapshot that shares the tensors."""
+        scaler = self.accelerator.scaler
+        return TrainState(
+            self.step,
+            self.adaptation.state(),
+            self.average,
+            self.optimizer.state_dict(),
+            scaler.state_dict() if scaler else {},
+        )
+
+    def load(self, state: TrainState) -> None:
+        """Continues from a checkpoint.
+
+        Raises:
+            UserError: if it was written with other EMA settings.
+        """
+        if bool(state.average) != self.config.use_ema:
+            raise UserError("the checkpoint and the recipe disagree on use_ema; resume with the run's own config.toml")
+        self.step = state.step
+        self.adaptation.load_state(state.student)
+        self.average = (
+            [tensor.to(p.device) for tensor, p in zip(state.average, self.parameters, strict=True)]
+            if (state.average)
+            else []
+        )
+        self.optimizer.load_state_dict(state.optimizer)
+        if state.scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor) -> float:
+        """One optimiser step; returns the gradient norm before clipping."""
+        with torch.enable_grad():
+            self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        warmup = min(1.0, (self.step + 1) / max(1, self.config.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * warmup
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.average:
+            decay = min(self.config.ema_decay, self.step / (self.step + 10))
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return float(norm)
+
+    @contextmanager
+    def averaged(self):
+        """The student holds its averaged weights inside; its own come back after."""
+        if not self.average:
+            yield
+            return
+        with torch.no_grad():
+            own = [p.detach().clone() for p in self.parameters]
+            torch._foreach_copy_(self.parameters, self.average)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.parameters, own)
+
+
+def train(
+    model: DiffusionModel,
+    adaptation: Adaptation,
+    images: Tensor,
+    objective: Objective,
+    config: TrainConfig,
+    prior: Tensor | None = None,
+    observers: Sequence[Observer] = (),
+    resume: TrainState | None = None,
+    accelerator: Accelerator | None = None,
+) -> Training:
+    """Minimises `objective` on the training pictures.
+
+    Everything random in a step follows from (seed, step), so a resumed run is the uninterrupted one.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1], the training pictures.
+        prior: (M, C, h, w) source samples in model space; needed for pairing "source_samples".
+        observers: called before the first step and after every one.
+
+    Raises:
+        UserError: if the loss stops being finite, or the objective needs source samples and has none.
+    """
+    if (objective.pairing == "source_samples") != (prior is not None):
+        raise UserError(
+            f"pairing {objective.pairing!r} and source samples {'given' if prior is not None else 'missing'}"
+        )
+    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+    run = Training(adaptation, config, accelerator)
+    if resume is not None:
+        run.load(resume)
+    encoded = model.codec.encode(images.to(accelerator.device))
+    mirrored = model.codec.encode(images.flip(-1).to(accelerator.device)) if config.random_flip else encoded
+    adaptation.network.train()
+    event = StepEvent(run.step, {}, run.state, run.averaged)
+    with torch.random.fork_rng():
+        _notify(observers, event)
+        while run.step < config.max_train_steps:
+            generator = step_generator(config.seed, run.step)
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            rows = batch_indices(len(images), config.train_batch_size, config.seed, run.step)
+            batch = encoded[rows]
+            if config.random_flip:
+                flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+                batch = torch.where(flip.to(batch.device), mirrored[rows], batch)
+            x0 = model.codec.draw(batch, generator)
+            pairs = None
+            if prior is not None:
+                chosen = torch.randperm(len(prior), generator=generator)[: config.pair_batch_size]
+                pairs = prior[chosen].to(x0)
+            with accelerator.autocast():
+                loss, parts = objective(look(model, adaptation, objective, x0, pairs, generator))
+            value = loss.item()
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss is {value} at step {run.step + 1} ({unweighted(parts)}); lower the learning_rate "
+                    f"(now {config.learning_rate:g}) or the weights, or use mixed_precision no or bf16"
+                )
+            norm = run.update(loss)
+            metrics = {"loss": value, **unweighted(parts), "grad_norm": norm}
+            _notify(observers, StepEvent(run.step, metrics, run.state, run.averaged))
+    return run
+
+
+def _notify(observers: Sequence[Observer], event: StepEvent) -> None:
+    for observer in observers:
+        observer(event)
