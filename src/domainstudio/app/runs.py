@@ -149,7 +149,6 @@ def train_run(
     sheets = SampleSheets(
         folder.samples,
         model,
-        adaptation,
         recipe.num_validation_images,
         recipe.validation_steps,
         last,

@@ -146,7 +146,8 @@ def decode(stream: IO[bytes], path: Path) -> tuple[Image.Image, list[Finding]]:
             raise BadPicture(path, f"{problem} ({reason})", again) from reason
     if transparent:
         findings.append(Finding(path, "warning", "has transparent parts", "they will be white; fill them to choose"))
-    complaints = (w.message for w in caught if issubclass(w.category, UserWarning))  # of damage that Pillow read past
+    # Damage that Pillow read past; a dict to tell each once, in order.
+    complaints = dict.fromkeys(str(one.message).strip() for one in caught if issubclass(one.category, UserWarning))
     findings += [Finding(path, "warning", f"was read with a complaint ({text})", "look at it") for text in complaints]
     return picture, findings
 
@@ -217,7 +218,7 @@ def _judge_size(path: Path, size: tuple[int, int], resolution: int | None) -> It
         yield Finding(path, "warning", problem, "it will be enlarged and look soft; give a larger one")
     lost = 1 - short / long
     if lost >= 0.01:
-        severity: Severity = "warning" if lost > 1 / 3 else "note"
+        severity: Severity = "warning" if 3 * short < 2 * long else "note"  # more than a third, without rounding
         problem = f"is not square ({width} x {height} px): cropping to its centre loses {lost:.0%}"
         yield Finding(path, severity, problem, "crop it yourself to choose what stays")
 
@@ -292,7 +293,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
         if clear is not None:
             image.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        if np.asarray(rgba)[..., 3].min() < 255:
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), True
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), True
     return image.convert("RGB"), False

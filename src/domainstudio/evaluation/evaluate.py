@@ -11,13 +11,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import metrics
-from domainstudio.evaluation.features import Backbone, embed, load_inception, load_lpips
-
-Progress = Callable[[str, int, int], None]
+from domainstudio.evaluation.features import Backbone, Networks, Pictures, Progress
 
 SAME_PICTURE = 1e-4  # LPIPS; above the rounding of `pairwise_lpips`, far below any two different pictures
 NO_REFERENCE = (
@@ -86,77 +84,6 @@ class Evaluation:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-class _Networks:
-    """What the metric networks see; loaded when first needed, on the device of the training pictures."""
-
-    def __init__(self, training: Tensor, protocol: Protocol, progress: Progress | None):
-        assert protocol.lpips_px
-        self.training, self.protocol, self.px, self.progress = training, protocol, protocol.lpips_px, progress
-        self.batch_size = max(1, 32 * 64**2 // self.px**2)  # about 64 MB of embeddings a batch
-
-    @cached_property
-    def lpips(self) -> nn.Module:
-        return load_lpips(self.protocol.lpips).to(self.training.device)
-
-    @cached_property
-    def inception(self) -> nn.Module:
-        return load_inception().to(self.training.device)
-
-    @cached_property
-    def training_embeddings(self) -> tuple[Tensor, Tensor]:
-        """Of the training pictures and of their mirror images."""
-        return self.embeddings(self.training), self.embeddings(self.training.flip(-1))
-
-    def embeddings(self, images: Tensor) -> Tensor:
-        return embed(self.lpips, images, self.batch_size, self.px)
-
-    def told(self, stage: str) -> Callable[[int, int], None] | None:
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(stage, done, total)
-
-
-class _Pictures:
-    """A set of pictures and, when asked, what the networks see in it. `index` repeats pictures at no cost."""
-
-    def __init__(self, networks: _Networks, images: Tensor, title: str, index: Tensor | None = None):
-        self.networks, self.images, self.title = networks, images, title
-        self.index = torch.arange(len(images)) if index is None else index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """LPIPS embeddings of a few."""
-        unique, inverse = self.index[index].unique(return_inverse=True)
-        return self.networks.embeddings(self.images[unique.to(self.images.device)])[inverse]
-
-    @cached_property
-    def distances(self) -> tuple[Tensor, Tensor]:
-        """(N, M) LPIPS to the training pictures, and to the nearer of each and its mirror image."""
-        networks = self.networks
-        plain, mirrored, told = [], [], networks.told(f"LPIPS of the {self.title}")
-        targets, mirrors = networks.training_embeddings
-        for start in range(0, len(self.images), networks.batch_size):
-            batch = networks.embeddings(self.images[start : start + networks.batch_size])
-            plain.append(metrics.pairwise_lpips(batch, targets).cpu())
-            mirrored.append(metrics.pairwise_lpips(batch, mirrors).cpu())
-            if told:
-                told(start + len(batch), len(self.images))
-        table = torch.cat(plain)
-        return table[self.index], torch.minimum(table, torch.cat(mirrored))[self.index]
-
-    @cached_property
-    def nearest(self) -> tuple[Tensor, Tensor]:
-        """Distance to, and index of, the nearest training picture or mirror image: what copying is judged by."""
-        return metrics.nearest(self.distances[1])
-
-    @cached_property
-    def inception(self) -> Tensor:
-        """(N, 2048)."""
-        told = self.networks.told(f"Inception of the {self.title}")
-        return embed(self.networks.inception, self.images, progress=told).cpu()[self.index]
-
-
 class Evaluator:
     """Measures sets of images against one set of training pictures; what it learns of those and the reference is kept.
 
@@ -181,24 +108,24 @@ class Evaluator:
         _check(training, "training")
         px = protocol.lpips_px or max(32, min(256, *training.shape[-2:]))
         self.protocol = replace(protocol, lpips_px=px)
-        self._networks = _Networks(training, self.protocol, progress)
-        self._training = _Pictures(self._networks, training, "training pictures")
+        self._networks = Networks(training, protocol.lpips, px, progress)
+        self._training = Pictures(self._networks, training, "training pictures")
         self._reference = None
         if reference is not None:
             _check(reference, "reference")
-            self._reference = _Pictures(self._networks, reference, "reference pictures")
+            self._reference = Pictures(self._networks, reference, "reference pictures")
 
     @torch.inference_mode()
     def evaluate(self, images: Tensor) -> Evaluation:
         """Measures generated images, (N, 3, H, W) in [-1, 1]."""
         _check(images, "generated")
-        return self._evaluation(_Pictures(self._networks, images, "generated images"))
+        return self._evaluation(Pictures(self._networks, images, "generated images"))
 
     @torch.inference_mode()
     def copier(self, num_images: int) -> Evaluation:
         """The anchor that a perfect memoriser would score: the training pictures, repeated."""
         index = torch.arange(num_images) % len(self._training)
-        return self._evaluation(_Pictures(self._networks, self._training.images, self._training.title, index))
+        return self._evaluation(Pictures(self._networks, self._training.images, self._training.title, index))
 
     @torch.inference_mode()
     def real(self) -> Evaluation:
@@ -211,7 +138,7 @@ class Evaluator:
             raise UserError("the value of real pictures needs held-out pictures: give --reference-dir")
         return self._evaluation(self._reference)
 
-    def _evaluation(self, pictures: _Pictures) -> Evaluation:
+    def _evaluation(self, pictures: Pictures) -> Evaluation:
         reasons: dict[str, str] = {}
 
         def measured(name: str, measure: Callable[[], float]) -> float | None:
@@ -249,7 +176,7 @@ class Evaluator:
             notes=self._threshold[2] if threshold is not None else (),
         )
 
-    def _intra(self, pictures: _Pictures) -> float:
+    def _intra(self, pictures: Pictures) -> float:
         if len(pictures) < 2:
             raise _Unmeasured("diversity needs at least 2 images; generate more, 500 or 1,000 is usual")
         _, assignment = metrics.nearest(pictures.distances[0])  # without mirror images: the published protocols
@@ -280,27 +207,27 @@ class Evaluator:
         rule = f"half the median distance between neighbours among the {len(self._training)} training pictures"
         return metrics.spread_threshold(self._training.distances[1]), rule, notes
 
-    def _sizes(self, pictures: _Pictures) -> tuple[int, int]:
+    def _sizes(self, pictures: Pictures) -> tuple[int, int]:
         """How many pictures KID and FID compare with how many."""
         if pictures is self._reference:
             return len(pictures) // 2, len(pictures) - len(pictures) // 2
         return len(pictures), len(self._reference) if self._reference else 0
 
-    def _compared(self, pictures: _Pictures) -> tuple[Tensor, Tensor]:
+    def _compared(self, pictures: Pictures) -> tuple[Tensor, Tensor]:
         """Inception features of the two sets that KID and FID compare."""
         if self._reference is None:
             raise _Unmeasured(NO_REFERENCE)
         if min(sizes := self._sizes(pictures)) < 2:
             raise _Unmeasured(
-                f"{sizes[0]} pictures against {sizes[1]}: KID and FID need at least 2 in each set, and hundreds to mean "
-                "something; give more"
+                f"{sizes[0]} pictures against {sizes[1]}: KID and FID need at least 2 in each set, and hundreds to "
+                "mean something; give more"
             )
         if pictures is not self._reference:
             return pictures.inception, self._reference.inception
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(self.protocol.seed))
         return pictures.inception[order[: sizes[0]]], pictures.inception[order[sizes[0] :]]
 
-    def _sets(self, pictures: _Pictures) -> str:
+    def _sets(self, pictures: Pictures) -> str:
         a, b = self._sizes(pictures)
         if pictures is self._reference:
             return f"two disjoint random halves ({a} and {b}) of the reference pictures"

@@ -2,15 +2,18 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainstudio.evaluation.metrics import nearest, pairwise_lpips
 from domainstudio.evaluation.weights import find_weights, read_arrays
 
 Backbone = Literal["alex", "vgg"]
+Progress = Callable[[str, int, int], None]
 
 _POOL_3X3, _POOL_2X2 = nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 2)
 # One row a convolution: (in, out, kernel, stride, padding, pool before it, feature taken after its ReLU).
@@ -108,7 +111,10 @@ class Inception(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network.requires_grad_(False).eval()
+        self.network = network
+        for parameter in self.parameters():  # a script module has no requires_grad_
+            parameter.requires_grad = False
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2048), all >= 0."""
@@ -156,3 +162,78 @@ def embed(
         if progress:
             progress(min(start + batch_size, len(images)), len(images))
     return torch.cat(parts)
+
+
+class Networks:
+    """What the metric networks see; loaded when first needed, on the device of the training pictures."""
+
+    def __init__(self, training: Tensor, backbone: Backbone, px: int, progress: Progress | None):
+        self.training, self.px, self.progress = training, px, progress
+        self.backbone: Backbone = backbone
+        self.batch_size = max(1, 32 * 64**2 // self.px**2)  # about 64 MB of embeddings a batch
+
+    @cached_property
+    def lpips(self) -> nn.Module:
+        """Raises MissingWeights."""
+        return load_lpips(self.backbone).to(self.training.device)
+
+    @cached_property
+    def inception(self) -> nn.Module:
+        """Raises MissingWeights."""
+        return load_inception().to(self.training.device)
+
+    @cached_property
+    def training_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Of the training pictures and of their mirror images."""
+        return self.embeddings(self.training), self.embeddings(self.training.flip(-1))
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """LPIPS embeddings, (N, D)."""
+        return embed(self.lpips, images, self.batch_size, self.px)
+
+    def told(self, stage: str) -> Callable[[int, int], None] | None:
+        """The listener to the progress of one stage."""
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+class Pictures:
+    """A set of pictures and, when asked, what the networks see in it. `index` repeats pictures at no cost."""
+
+    def __init__(self, networks: Networks, images: Tensor, title: str, index: Tensor | None = None):
+        self.networks, self.images, self.title = networks, images, title
+        self.index = torch.arange(len(images)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """LPIPS embeddings of a few."""
+        unique, inverse = self.index[index].unique(return_inverse=True)
+        return self.networks.embeddings(self.images[unique.to(self.images.device)])[inverse]
+
+    @cached_property
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """(N, M) LPIPS to the training pictures, and to the nearer of each and its mirror image."""
+        networks = self.networks
+        plain, mirrored, told = [], [], networks.told(f"LPIPS of the {self.title}")
+        targets, mirrors = networks.training_embeddings
+        for start in range(0, len(self.images), networks.batch_size):
+            batch = networks.embeddings(self.images[start : start + networks.batch_size])
+            plain.append(pairwise_lpips(batch, targets).cpu())
+            mirrored.append(pairwise_lpips(batch, mirrors).cpu())
+            if told:
+                told(start + len(batch), len(self.images))
+        table = torch.cat(plain)
+        return table[self.index], torch.minimum(table, torch.cat(mirrored))[self.index]
+
+    @cached_property
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Distance to, and index of, the nearest training picture or mirror image: what copying is judged by."""
+        return nearest(self.distances[1])
+
+    @cached_property
+    def inception(self) -> Tensor:
+        """(N, 2048)."""
+        told = self.networks.told(f"Inception of the {self.title}")
+        return embed(self.networks.inception, self.images, progress=told).cpu()[self.index]

@@ -69,7 +69,7 @@ def pairwise_lpips(a: Tensor, b: Tensor) -> Tensor:
     """(N, D) and (M, D) embeddings of `Lpips` -> (N, M) distances >= 0.
 
     Source: Zhang et al. 2018 (arXiv 1801.03924), written as a squared Euclidean distance.
-    Trap: equal images come out as about 1e-6, not exactly 0 (one matrix product in float32).
+    Trap: equal images come out as about 1e-5, not exactly 0 (one matrix product in float32).
     """
     norms_a, norms_b = (torch.linalg.vector_norm(x, dim=1).square() for x in (a, b))
     return (norms_a[:, None] + norms_b - 2 * (a @ b.T)).clamp(min=0)

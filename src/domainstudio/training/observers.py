@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from domainstudio.data.domain import to_pil
-from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import decode, sample
 from domainstudio.training.state import save_checkpoint
@@ -49,14 +48,13 @@ class SampleSheets:
         self,
         folder: Path,
         model: DiffusionModel,
-        adaptation: Adaptation,
         num_images: int,
         every: int,
         last: int,
         seed: int,
         num_inference_steps: int,
     ):
-        self.folder, self.model, self.adaptation = folder, model, adaptation
+        self.folder, self.model = folder, model
         self.num_images, self.every, self.last = num_images, every, last
         self.seed, self.num_inference_steps = seed, num_inference_steps
 
@@ -66,8 +64,7 @@ class SampleSheets:
         due = event.step % self.every == 0 or event.step == self.last
         if not due or (not event.metrics and folder.exists()):
             return
-        with event.averaged():
-            network = self.adaptation.network
+        with event.averaged() as network:
             x0 = sample(self.model, network, self.num_images, self.seed, self.num_inference_steps)
         images = decode(self.model, x0, next(network.parameters()).device)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
 """The loop: one for pixels and latents, full fine-tuning and LoRA, every method and parameterisation."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from domainstudio.data.batches import batch_indices, step_generator
 from domainstudio.errors import UserError
@@ -50,8 +50,8 @@ class StepEvent:
     step: int
     metrics: dict[str, float]
     state: Callable[[], TrainState]
-    averaged: Callable
-    """Context in which the student holds its averaged weights (the weights a result has)."""
+    averaged: Callable[[], AbstractContextManager[nn.Module]]
+    """Context with the student holding its averaged weights (the weights a result has)."""
 
 
 Observer = Callable[[StepEvent], None]
@@ -112,22 +112,24 @@ class Training:
         self.step += 1
         if self.average:
             decay = min(self.config.ema_decay, self.step / (self.step + 10))
-            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+            for average, parameter in zip(self.average, self.parameters, strict=True):
+                average.lerp_(parameter, 1 - decay)
         return float(norm)
 
     @contextmanager
-    def averaged(self):
-        """The student holds its averaged weights inside; its own come back after."""
-        if not self.average:
-            yield
-            return
-        with torch.no_grad():
-            own = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.average)
-            try:
-                yield
-            finally:
-                torch._foreach_copy_(self.parameters, own)
+    def averaged(self) -> Iterator[nn.Module]:
+        """The student, holding its averaged weights inside; its own come back after."""
+        own = [p.detach().clone() for p in self.parameters] if self.average else []
+        self._put(self.average)
+        try:
+            yield self.adaptation.network
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=False):
+            parameter.copy_(value)
 
 
 def train(
