@@ -51,7 +51,9 @@ def name_of(method: str, settings: dict[str, Any]) -> str:
     return method + "".join(f" {key}={value}" for key, value in sorted(settings.items()))
 
 
-def run(domain: str, method: str, settings: dict[str, Any], seed: int, steps: list[int], args: argparse.Namespace) -> None:
+def run(
+    domain: str, method: str, settings: dict[str, Any], seed: int, steps: list[int], args: argparse.Namespace
+) -> None:
     name = name_of(method, settings)
     done = {(r["domain"], r["name"], r["seed"], r["step"]) for r in read_results(args.results)}
     if all((domain, name, seed, step) in done for step in steps):
@@ -109,7 +111,11 @@ def tables(results: list[dict[str, Any]]) -> str:
     lines = []
     for domain in dict.fromkeys(row["domain"] for row in results):
         rows = [row for row in results if row["domain"] == domain]
-        lines += [f"\n### {domain}\n", "| | step | seeds | KID x10³ | Intra-LPIPS | copies | seconds |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            f"\n### {domain}\n",
+            "| | step | seeds | KID x10³ | Intra-LPIPS | copies | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
         groups = defaultdict(list)
         for row in rows:
             groups[row["name"], row["step"]].append(row)
@@ -127,9 +133,11 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
-    """"studio image_weight=0.05" -> method and settings."""
+    """ "studio image_weight=0.05" -> method and settings."""
     method, *pairs = text.split()
-    return method, {key: json.loads(value) if value[0] in "0123456789tf" else value for key, value in (p.split("=") for p in pairs)}
+    return method, {
+        key: json.loads(value) if value[0] in "0123456789tf" else value for key, value in (p.split("=") for p in pairs)
+    }
 
 
 def main() -> None:

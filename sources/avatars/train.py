@@ -80,7 +80,13 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def fit(
-    name: str, network: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, build: Path
+    name: str,
+    network: nn.Module,
+    parameters: list[nn.Parameter],
+    loss: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    build: Path,
 ) -> None:
     """AdamW with warm-up and final decay, EMA, a checkpoint a minute; leaves the EMA weights in `network`."""
     path = build / f"{name}.pt"
@@ -181,7 +187,9 @@ def encode(vae: AutoencoderKL, build: Path) -> tuple[Tensor, Tensor, float]:
     return torch.load(path, weights_only=True)
 
 
-def train_unet(latents: tuple[Tensor, Tensor, float], build: Path, steps: int, batch_size: int, lr: float) -> UNet2DModel:
+def train_unet(
+    latents: tuple[Tensor, Tensor, float], build: Path, steps: int, batch_size: int, lr: float
+) -> UNet2DModel:
     mean, std, scale = latents
     unet, scheduler = new_unet(), new_scheduler()
     alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)

@@ -171,9 +171,13 @@ def test_each_network_sees_training_and_reference_once(monkeypatch):
 
 @pytest.mark.usefixtures("stubs")
 def test_memory_stays_with_one_batch_or_one_cluster(monkeypatch):
-    sizes = []
-    embed = features.embed
-    monkeypatch.setattr(features, "embed", lambda n, images, *a, **k: (sizes.append(len(images)), embed(n, images))[1])
+    sizes, embed = [], features.embed
+
+    def counted(network: nn.Module, images: Tensor, *args, **kwargs) -> Tensor:
+        sizes.append(len(images))
+        return embed(network, images, *args, **kwargs)
+
+    monkeypatch.setattr(features, "embed", counted)
     Evaluator(TRAINING, None, Protocol(lpips_px=64, max_per_cluster=5)).evaluate(IMAGES)
     assert max(sizes) <= 32
 

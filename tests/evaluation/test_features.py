@@ -27,7 +27,7 @@ def pictures(num: int, px: int, seed: int = 0) -> Tensor:
 
 
 def literal_lpips(network: Lpips, a: Tensor, b: Tensor) -> float:
-    """The published formula: unit features, squared difference, weighted channels, mean over places, sum over layers."""
+    """The published formula: unit features, squared difference, weighted channels, mean over places, sum of layers."""
     taps: list[list[Tensor]] = []
     for image in (a, b):
         h, maps = (image[None] - network.shift) / network.scale, []
@@ -57,7 +57,7 @@ def test_embedding_distance_is_lpips(backbone: Backbone):
 def test_published_lpips(backbone: Backbone):
     need(f"lpips-{backbone}")
     network = load_lpips(backbone)
-    heads = torch.load(HEADS / f"{backbone}.pth", weights_only=True)
+    heads = torch.load(HEADS / f"{backbone}.pth", map_location="cpu", weights_only=True)
     for k, head in enumerate(network.heads):
         torch.testing.assert_close(head.data, heads[f"lin{k}.model.1.weight"].flatten())
     image = pictures(1, 64)

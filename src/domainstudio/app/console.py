@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import rich.box
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -66,11 +67,10 @@ class Console:
 
 def print_table(entries: Sequence[ReportEntry]) -> None:
     """The comparison as a table on stdout."""
-    table = Table(
-        title="Good: KID low, Intra-LPIPS near the real pictures' own, copies near theirs", title_justify="left"
-    )
+    table = Table(box=rich.box.SIMPLE_HEAD, caption_justify="left")
+    table.caption = "Good: low KID, Intra-LPIPS near the real pictures' own, no more copies than among them."
     table.add_column("")
-    for heading in ("KID x1000", "FID", "Intra-LPIPS", "nearest", "copies", "pictures"):
+    for heading in ("KID x10³", "FID", "Intra-LPIPS", "nearest", "copies", "pictures"):
         table.add_column(heading, justify="right")
     for entry in entries:
         rate = entry.number("copy_rate")

@@ -42,6 +42,8 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, si
     Undefined only for epsilon at alpha = 0, where x_t holds no image.
     """
     a, b = coefficients(prediction, alpha, sigma)
+    if prediction == "x0":
+        return over(a, output) * output  # the formula below is 0 / 0 at sigma = 0
     return (over(b, x_t) * x_t - over(sigma, x_t) * output) / over(b * alpha - a * sigma, x_t)
 
 
@@ -51,4 +53,6 @@ def x0_gain(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     sigma / alpha for epsilon (unbounded), 1 for x0, sigma for v, sigma for flow.
     """
     a, b = coefficients(prediction, alpha, sigma)
+    if prediction == "x0":
+        return a
     return (sigma / (b * alpha - a * sigma)).abs()

@@ -47,7 +47,7 @@ def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
     mirrored_upper, mirrored_lower = log_cdf(-lower), log_cdf(-upper)
     right = x > mean
     high, low = torch.where(right, mirrored_upper, log_upper), torch.where(right, mirrored_lower, log_lower)
-    inside = high + torch.log1p(-(low - high).exp().clamp(max=1 - 1e-12))
+    inside = high + torch.log1p(-(low - high).exp().clamp(max=1 - torch.finfo(x.dtype).eps))
     tails = torch.where(x > 0.999, mirrored_upper, inside)
     return -torch.where(x < -0.999, log_upper, tails)
 

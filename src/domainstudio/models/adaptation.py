@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class Adaptation(Protocol):
 
     network: nn.Module
 
-    def source(self) -> "contextmanager[nn.Module]":
+    def source(self) -> AbstractContextManager[nn.Module]:
         """Context with the source network: no gradients, eval mode, the original weights bit for bit."""
         ...
 

@@ -1,6 +1,6 @@
 """Between pictures in [-1, 1] and the space a diffusion model works in."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -43,9 +43,9 @@ class VaeCodec:
     """Latents of an autoencoder, with its scale and shift applied on encoding and undone on decoding."""
 
     def __init__(self, vae: AutoencoderKL | VQModel):
-        self.vae = vae.requires_grad_(False).eval()
-        self.scale = float(vae.config.get("scaling_factor") or 1.0)
-        self.shift = float(vae.config.get("shift_factor") or 0.0)
+        self.vae: Any = vae.requires_grad_(False).eval()
+        self.scale = float(self.vae.config.get("scaling_factor") or 1.0)
+        self.shift = float(self.vae.config.get("shift_factor") or 0.0)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

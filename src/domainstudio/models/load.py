@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
@@ -37,7 +38,8 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
     codec: Codec = VaeCodec(vae) if vae is not None else PixelCodec()
     schedule, prediction, learned_variance = _read_scheduler(pipeline.scheduler, network, str(name_or_path))
-    side, channels = network.config.sample_size, network.config.in_channels
+    config: Any = network.config
+    side, channels = config.sample_size, config.in_channels
     if not isinstance(side, int):
         raise UserError(f"{name_or_path}: unet sample_size is {side}; a single number is needed, for square pictures")
     factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
@@ -74,7 +76,7 @@ def _open_pipeline(name: str) -> DiffusionPipeline:
             diffusers_logging.enable_progress_bar()
 
 
-def _read_scheduler(scheduler, network: UNet2DModel, name: str) -> tuple[NoiseSchedule, Prediction, bool]:
+def _read_scheduler(scheduler: Any, network: UNet2DModel, name: str) -> tuple[NoiseSchedule, Prediction, bool]:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return FlowSchedule(scheduler.config.num_train_timesteps), "flow", False
     prediction = _PREDICTIONS.get(scheduler.config.get("prediction_type", "epsilon"))
@@ -84,13 +86,14 @@ def _read_scheduler(scheduler, network: UNet2DModel, name: str) -> tuple[NoiseSc
             f"{scheduler.config.get('prediction_type')!r} is not supported; use a DDPM or DDIM scheduler with epsilon, "
             "v_prediction or sample, or FlowMatchEulerDiscreteScheduler"
         )
-    learned = network.config.out_channels == 2 * network.config.in_channels
+    config: Any = network.config
+    learned = config.out_channels == 2 * config.in_channels
     return DiscreteSchedule(scheduler.alphas_cumprod.float()), prediction, learned
 
 
-def fast_scheduler(model: DiffusionModel):
+def fast_scheduler(model: DiffusionModel) -> Any:
     """A deterministic sampler: the model's own scheduler if that is DDIM or flow, else DDIM with its noise levels."""
-    scheduler = model.pipeline.scheduler
+    scheduler: Any = model.pipeline.scheduler
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | DDIMScheduler):
         return type(scheduler).from_config(scheduler.config)
     kept = {k: v for k, v in scheduler.config.items() if k in DDIMScheduler().config and not k.startswith("_")}

@@ -38,11 +38,7 @@ def sample(
     for noise in starting_noise(model.sample_shape, num_images, seed).split(batch_size):
         scheduler = fast_scheduler(model)
         scheduler.set_timesteps(num_inference_steps, device=device)
-        x = (
-            noise.to(device) * scheduler.init_noise_sigma
-            if hasattr(scheduler, "init_noise_sigma")
-            else noise.to(device)
-        )
+        x = noise.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
             output = network(x, t.expand(len(x))).sample
             if model.learned_variance:
