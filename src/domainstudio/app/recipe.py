@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from domainstudio.errors import UserError
 from domainstudio.training.methods import Method, Space
+from domainstudio.training.objective import Pairing
 from domainstudio.training.train import MixedPrecision
 
 
 class Recipe(BaseModel):
     """Every setting of a run. None means: chosen from the method, the adapter or the model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pretrained_model_name_or_path: str = Field(
         "bundled:avatars", description="source: pipeline folder, hub name or bundled:NAME"
@@ -46,14 +47,14 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything random")
     mixed_precision: MixedPrecision = Field("no", description="no, bf16 or fp16")
     checkpointing_steps: int = Field(100, ge=1, description="steps between checkpoints")
-    checkpoints_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
+    checkpoints_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     validation_steps: int = Field(100, ge=1, description="steps between sample sheets")
     num_validation_images: int = Field(16, ge=1, description="pictures a sample sheet")
     num_inference_steps: int = Field(25, ge=1, description="denoising steps when sampling")
 
     @model_validator(mode="after")
     def _settings_that_clash(self) -> "Recipe":
-        if self.method not in ("finetune", "studio") and self.pairing != "source_samples" and self.train_batch_size < 3:
+        if self.pairs == "training" and self.train_batch_size < 3:
             raise ValueError(
                 f"train_batch_size={self.train_batch_size}, but method {self.method} compares each picture with "
                 "at least two others; use 3 or more"
@@ -63,6 +64,13 @@ class Recipe(BaseModel):
                 f"pair_batch_size={self.pair_batch_size} is more than num_prior_images={self.num_prior_images}"
             )
         return self
+
+    @property
+    def pairs(self) -> Pairing:
+        """What pairs are formed of: `pairing`, or the method's own choice where it is not given."""
+        if self.method == "finetune":
+            return "none"
+        return self.pairing or ("source_samples" if self.method == "studio" else "training")
 
     @property
     def scale_alpha(self) -> float:
@@ -75,15 +83,12 @@ class Recipe(BaseModel):
         return self.learning_rate or {"full": 1e-4, "lora": 1e-3}[self.adapter]
 
     def warnings(self) -> list[str]:
-        """Settings that were given and have no effect."""
-        given = self.model_fields_set
+        """Settings that differ from their default and have no effect."""
+        given = {name for name, field in Recipe.model_fields.items() if getattr(self, name) != field.default}
         unused = []
         if self.adapter == "full":
             unused += [(name, "adapter is full") for name in ("rank", "lora_alpha") if name in given]
-        pairs_are_samples = (
-            self.method != "finetune" and (self.pairing or _default_pairing(self.method)) == "source_samples"
-        )
-        if not pairs_are_samples:
+        if self.pairs != "source_samples":
             names = ("num_prior_images", "pair_batch_size")
             unused += [(name, "pairs are not formed of source samples") for name in names if name in given]
         return [f"{name} has no effect: {why}" for name, why in unused]
@@ -94,12 +99,10 @@ class Recipe(BaseModel):
         return "\n".join(lines) + "\n"
 
 
-def _default_pairing(method: Method) -> str:
-    return "source_samples" if method == "studio" else "training"
-
-
 def _toml_value(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+    if not isinstance(value, str | bool):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows and TOML does not
 
 
 def build_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:

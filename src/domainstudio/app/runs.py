@@ -1,6 +1,5 @@
 """Use cases on run folders: train one, sample from one. The folder's layout is known here and nowhere else."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,14 @@ from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import Progress, decode, sample
 from domainstudio.training.methods import build_objective
 from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheets
-from domainstudio.training.state import find_checkpoint, list_checkpoints, load_checkpoint
+from domainstudio.training.state import (
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    remove_whole,
+    written_whole,
+)
 from domainstudio.training.train import Observer, TrainConfig, Training, train
 
 
@@ -113,7 +119,7 @@ def train_run(
         UserError: for pictures, settings or folders that cannot be used; before anything is written where possible.
     """
     folder = RunFolder(Path(recipe.output_dir))
-    checkpoint = _find_start(folder, resume_from_checkpoint, log)
+    resume = _find_start(folder, recipe, resume_from_checkpoint, log)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     model = open_source(recipe.pretrained_model_name_or_path, accelerator.device)
     domain = open_domain(recipe, model)
@@ -127,6 +133,8 @@ def train_run(
         space=recipe.space,
     )
     folder.path.mkdir(parents=True, exist_ok=True)
+    if resume is not None:
+        _drop_what_follows(folder, resume.step, recipe.max_train_steps)
     folder.config.write_text(recipe.to_toml(), encoding="utf-8")
     prior = None
     if objective.pairing == "source_samples":  # drawn before an adapter is put into the network
@@ -157,7 +165,6 @@ def train_run(
     )
     checkpoints = Checkpoints(folder.path, recipe.checkpointing_steps, last, recipe.checkpoints_total_limit)
     watchers = (MetricsLog(folder.metrics), sheets, checkpoints, *observers)
-    resume = load_checkpoint(checkpoint) if checkpoint else None
     run = train(model, adaptation, domain.images, objective, config, prior, watchers, resume, accelerator)
     _save_result(folder, model, run, recipe)
     return folder
@@ -214,24 +221,51 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _find_start(folder: RunFolder, resume: str | None, log: Callable[[str], None]) -> Path | None:
+def _find_start(folder: RunFolder, recipe: Recipe, resume: str | None, log: Callable[[str], None]) -> TrainState | None:
+    """Where to continue; None to start from the beginning.
+
+    Raises:
+        UserError: if that would overwrite what is in the folder, or mix two runs.
+    """
+    taken = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
+    if taken and (resume is None or not folder.config.is_file()):
+        kind = "already holds a run" if folder.config.exists() else "is not an empty folder"
+        raise UserError(
+            f"output_dir {folder.path} {kind}; continue a run with --resume-from-checkpoint latest, or give a new "
+            "--output-dir"
+        )
     if resume is None:
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            kind = "already holds a run" if folder.config.exists() else "is not an empty folder"
-            raise UserError(
-                f"output_dir {folder.path} {kind}; continue a run with --resume-from-checkpoint latest, or give a new "
-                "--output-dir"
-            )
         return None
+    if taken:
+        begun = folder.recipe().model_dump(exclude=_MAY_CHANGE)
+        changed = {name: value for name, value in recipe.model_dump(include=set(begun)).items() if value != begun[name]}
+        if changed:
+            lines = "\n".join(f"  {name} = {begun[name]!r}, now {value!r}" for name, value in changed.items())
+            raise UserError(
+                f"the run in {folder.path} was begun with other settings:\n{lines}\n"
+                f"continue it with {folder.config}, or give a new --output-dir"
+            )
     checkpoint = find_checkpoint(folder.path, resume)
     if checkpoint is None:
         log(f"{folder.path} has no checkpoint yet: starting from the beginning")
-    else:
-        log(f"continuing from {checkpoint}")
-        for step, path in list_checkpoints(folder.path):  # a step is done again: what came after it is another future
-            if step > int(checkpoint.name.removeprefix("checkpoint-") or 0) and path.parent == checkpoint.parent:
-                shutil.rmtree(path)
-    return checkpoint
+        return None
+    log(f"continuing from {checkpoint}")
+    return load_checkpoint(checkpoint)
+
+
+_MAY_CHANGE = {
+    *("output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("validation_steps", "num_validation_images"),
+}
+
+
+def _drop_what_follows(folder: RunFolder, step: int, last: int) -> None:
+    """Steps after `step` are done again: checkpoints after it, and the result, are of another future."""
+    for number, path in list_checkpoints(folder.path):
+        if number > step:
+            remove_whole(path)
+    if step < last:
+        remove_whole(folder.pipeline)
 
 
 def _source_samples(folder: RunFolder, model: DiffusionModel, recipe: Recipe, drawing: Progress | None) -> Tensor:
@@ -254,15 +288,12 @@ def _source_samples(folder: RunFolder, model: DiffusionModel, recipe: Recipe, dr
 
 
 def _save_result(folder: RunFolder, model: DiffusionModel, run: Training, recipe: Recipe) -> None:
-    partial = folder.path / ".pipeline.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     with run.averaged():
         if isinstance(run.adaptation, LoraAdaptation):
             save_lora(run.adaptation, folder.path / LORA_FILE, recipe.rank, recipe.scale_alpha)
         merged = run.adaptation.merged()
     student = model.pipeline.unet  # pyright: ignore[reportAttributeAccessIssue]
     model.pipeline.register_modules(unet=merged.eval())
-    model.pipeline.save_pretrained(partial)
+    with written_whole(folder.pipeline) as partial:
+        model.pipeline.save_pretrained(partial)
     model.pipeline.register_modules(unet=student)
-    shutil.rmtree(folder.pipeline, ignore_errors=True)
-    partial.rename(folder.pipeline)

@@ -124,9 +124,10 @@ class LoraAdaptation:
         Raises:
             UserError: if they belong to another network or rank.
         """
-        result = set_peft_model_state_dict(self.network, state)
-        if result.unexpected_keys:
-            raise UserError(f"the LoRA does not fit this model: it also has {result.unexpected_keys[:3]}")
+        own = self.state()
+        if {name: tensor.shape for name, tensor in state.items()} != {name: own[name].shape for name in own}:
+            raise UserError("the LoRA does not fit: it has another rank, or belongs to another model")
+        set_peft_model_state_dict(self.network, state)
 
     def merged(self) -> nn.Module:
         """A copy with the adapters' product added to the weights, and peft's wrappers gone."""

@@ -77,17 +77,18 @@ def _open_pipeline(name: str) -> DiffusionPipeline:
 
 
 def _read_scheduler(scheduler: Any, network: UNet2DModel, name: str) -> tuple[NoiseSchedule, Prediction, bool]:
+    config: Any = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return FlowSchedule(scheduler.config.num_train_timesteps), "flow", False
-    prediction = _PREDICTIONS.get(scheduler.config.get("prediction_type", "epsilon"))
+        return FlowSchedule(config.num_train_timesteps), "flow", False
+    prediction = _PREDICTIONS.get(config.get("prediction_type", "epsilon"))
     if prediction is None or not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(
             f"{name}: scheduler {type(scheduler).__name__} with prediction_type="
-            f"{scheduler.config.get('prediction_type')!r} is not supported; use a DDPM or DDIM scheduler with epsilon, "
+            f"{config.get('prediction_type')!r} is not supported; use a DDPM or DDIM scheduler with epsilon, "
             "v_prediction or sample, or FlowMatchEulerDiscreteScheduler"
         )
-    config: Any = network.config
-    learned = config.out_channels == 2 * config.in_channels
+    shape: Any = network.config
+    learned = shape.out_channels == 2 * shape.in_channels
     return DiscreteSchedule(scheduler.alphas_cumprod.float()), prediction, learned
 
 

@@ -8,7 +8,7 @@ import torch
 from domainstudio.data.domain import to_pil
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import decode, sample
-from domainstudio.training.state import save_checkpoint
+from domainstudio.training.state import save_checkpoint, written_whole
 from domainstudio.training.train import StepEvent
 
 
@@ -22,7 +22,9 @@ class MetricsLog:
         """Writes the step, or (at the start) cuts the log back to it."""
         if not event.metrics:
             kept = [record for record in read_metrics(self.path) if record["step"] <= event.step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.replace(self.path)
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
@@ -67,9 +69,9 @@ class SampleSheets:
         with event.averaged() as network:
             x0 = sample(self.model, network, self.num_images, self.seed, self.num_inference_steps)
         images = decode(self.model, x0, next(network.parameters()).device)
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(to_pil(images)):
-            image.save(folder / f"{index:03d}.png")
+        with written_whole(folder) as sheet:
+            for index, image in enumerate(to_pil(images)):
+                image.save(sheet / f"{index:03d}.png")
 
 
 class Checkpoints:

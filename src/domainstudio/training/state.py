@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,29 +30,22 @@ class TrainState:
 
 
 def save_checkpoint(output_dir: Path, state: TrainState, total_limit: int | None = None) -> Path:
-    """Writes `checkpoint-N` beside the others: into a hidden folder first, flushed to disk, then renamed.
+    """Writes `checkpoint-N` beside the others, whole or not at all.
 
     With `total_limit`, the oldest checkpoints beyond it are removed, after the new one is in place.
     """
-    final, partial = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in state.student.items()}, partial / "student.safetensors"
-    )
-    if state.average:
-        average = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(state.average)}
-        save_file(average, partial / "average.safetensors")
-    torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": state.step}))
-    for path in partial.iterdir():
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _flush(output_dir)
+    final = output_dir / f"checkpoint-{state.step}"
+    with written_whole(final) as folder:
+        student = {name: tensor.contiguous().cpu() for name, tensor in state.student.items()}
+        save_file(student, folder / "student.safetensors")
+        if state.average:
+            average = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(state.average)}
+            save_file(average, folder / "average.safetensors")
+        torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps({"step": state.step}))
     if total_limit is not None:
         for _, path in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(path)
+            remove_whole(path)
     return final
 
 
@@ -100,6 +95,29 @@ def find_checkpoint(output_dir: Path, which: str) -> Path | None:
             return path
     names = ", ".join(path.name for _, path in checkpoints) or "none yet"
     raise UserError(f'no checkpoint {which!r}; {output_dir} holds: {names}. Give one of them, or "latest"')
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write into; on leaving, it is flushed to disk and takes the name (and place) of `folder`."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in partial.rglob("*"):
+        _flush(path)
+    remove_whole(folder)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def remove_whole(folder: Path) -> None:
+    """Removes `folder`, if there is one; hidden first, so that a kill leaves no part of it under its name."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def _flush(path: Path) -> None:

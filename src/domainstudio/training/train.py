@@ -89,11 +89,7 @@ class Training:
             raise UserError("the checkpoint and the recipe disagree on use_ema; resume with the run's own config.toml")
         self.step = state.step
         self.adaptation.load_state(state.student)
-        self.average = (
-            [tensor.to(p.device) for tensor, p in zip(state.average, self.parameters, strict=True)]
-            if (state.average)
-            else []
-        )
+        self.average = [average.to(p.device) for average, p in zip(state.average, self.parameters, strict=False)]
         self.optimizer.load_state_dict(state.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -104,6 +100,7 @@ class Training:
         with torch.enable_grad():
             self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        assert norm is not None
         warmup = min(1.0, (self.step + 1) / max(1, self.config.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * warmup
@@ -114,7 +111,7 @@ class Training:
             decay = min(self.config.ema_decay, self.step / (self.step + 10))
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter, 1 - decay)
-        return float(norm)
+        return norm.item()
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
