@@ -2,7 +2,8 @@
 
 Every run trains with fixed seeds and is measured at several steps with its averaged weights: held-out KID, Intra-LPIPS,
 copies. Anchors: the un-adapted source, a pure copier, the real held-out pictures. One JSON object a measurement is
-appended to docs/benchmarks/fewshot.jsonl; what is there already is not measured again.
+appended to docs/benchmarks/fewshot.jsonl; what is there already is not measured again, so several processes may share
+the work (`--domains ink`, `--seeds 1`, ...).
 """
 
 import argparse
@@ -12,10 +13,13 @@ import tempfile
 import time
 from collections import defaultdict
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from domainstudio.app.recipe import Recipe, build_recipe
+import torch
+
+from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import draw_from, open_source, train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.evaluate import Evaluator, Protocol
@@ -23,9 +27,15 @@ from domainstudio.models.sample import decode, sample
 from domainstudio.training.train import StepEvent
 
 RESULTS = Path(__file__).parents[1] / "docs/benchmarks/fewshot.jsonl"
-NUMBERS = ("kid", "fid", "intra_lpips", "copy_rate", "nearest_lpips")
-SAMPLING_SEED = 77
+NUMBERS = ("kid", "fid", "intra_lpips", "copy_rate", "nearest_lpips", "num_images", "num_reference")
+ANCHORS = ("source", "copier", "real")
+BASELINE, DEFAULT = "finetune", "studio"
+SAMPLING_SEED, SAMPLING_STEPS = 77, 25
 COPY_ALLOWANCE = 0.02
+GAP_SHARE = 0.8
+"""A method's distance from the real pictures' Intra-LPIPS is to be at most this share of plain fine-tuning's."""
+
+Row = dict[str, Any]
 
 
 class Measurer:
@@ -34,52 +44,48 @@ class Measurer:
     def __init__(self, model, evaluator: Evaluator, steps: list[int], num_images: int, record):
         self.model, self.evaluator, self.steps = model, evaluator, steps
         self.num_images, self.record = num_images, record
-        self.started, self.paused = time.perf_counter(), 0.0
+        self.started = time.perf_counter()
 
     def __call__(self, event: StepEvent) -> None:
         if event.step not in self.steps:
             return
         begin = time.perf_counter()
         with event.averaged() as network:
-            x0 = sample(self.model, network, self.num_images, SAMPLING_SEED, 20)
+            x0 = sample(self.model, network, self.num_images, SAMPLING_SEED, SAMPLING_STEPS)
         result = self.evaluator.evaluate(decode(self.model, x0)).to_json()
-        self.record(event.step, result, begin - self.started - self.paused)
-        self.paused += time.perf_counter() - begin
+        self.record(event.step, result, begin - self.started)
+        self.started += time.perf_counter() - begin
 
 
-def name_of(method: str, settings: dict[str, Any]) -> str:
-    return method + "".join(f" {key}={value}" for key, value in sorted(settings.items()))
+@cache
+def evaluator_of(domain: str) -> Evaluator:
+    """One a process: it keeps the features of the held-out pictures."""
+    training, heldout = load_domain(f"bundled:{domain}", 64).images, heldout_pictures(f"bundled:{domain}", 64)
+    return Evaluator(training, heldout, Protocol())
 
 
-def run(
+def measure_anchor(domain: str, anchor: str, args: argparse.Namespace) -> None:
+    evaluator = evaluator_of(domain)
+    measures = {
+        "source": lambda: evaluator.evaluate(
+            draw_from(open_source("bundled:avatars"), args.num_images, SAMPLING_SEED, SAMPLING_STEPS)
+        ),
+        "copier": lambda: evaluator.copier(args.num_images),
+        "real": evaluator.real,
+    }
+    write_row(args.results, {"domain": domain, "name": anchor, "seed": 0, "step": 0}, measures[anchor]().to_json())
+
+
+def measure_run(
     domain: str, method: str, settings: dict[str, Any], seed: int, steps: list[int], args: argparse.Namespace
 ) -> None:
-    name = name_of(method, settings)
-    done = {(r["domain"], r["name"], r["seed"], r["step"]) for r in read_results(args.results)}
-    if all((domain, name, seed, step) in done for step in steps):
-        return
-    training, heldout = load_domain(f"bundled:{domain}", 64).images, heldout_pictures(f"bundled:{domain}", 64)
-    evaluator = Evaluator(training, heldout, Protocol(), None)
+    key = {"domain": domain, "name": name_of(method, settings), "seed": seed}
 
-    def record(step: int, result: dict[str, Any], seconds: float, kind: str = "result") -> None:
-        row = {"domain": domain, "name": name, "seed": seed, "step": step, "kind": kind, "seconds": round(seconds, 1)}
-        row |= {key: result[key] for key in (*NUMBERS, "num_images", "num_reference")} | {"date": str(date.today())}
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+    def record(step: int, result: Row, seconds: float) -> None:
+        write_row(args.results, {**key, "step": step, "seconds": round(seconds, 1)}, result)
 
-    source = open_source("bundled:avatars")
-    if method in ("source", "copier", "real"):
-        measures = {
-            "source": lambda: evaluator.evaluate(draw_from(source, args.num_images, SAMPLING_SEED, 20)),
-            "copier": lambda: evaluator.copier(args.num_images),
-            "real": evaluator.real,
-        }
-        record(0, measures[method]().to_json(), 0.0, "anchor")
-        return
     with tempfile.TemporaryDirectory() as folder:
-        recipe: Recipe = build_recipe(
+        recipe = build_recipe(
             None,
             {
                 "instance_data_dir": f"bundled:{domain}",
@@ -87,79 +93,149 @@ def run(
                 "method": method,
                 "max_train_steps": max(steps),
                 "seed": seed,
+                "mixed_precision": args.mixed_precision,
                 "validation_steps": 10**6,
                 "checkpointing_steps": 10**6,
                 "num_validation_images": 1,
                 **settings,
             },
         )
-        train_run(recipe, observers=(Measurer(source, evaluator, steps, args.num_images, record),))
+        source = open_source("bundled:avatars")
+        measurer = Measurer(source, evaluator_of(domain), steps, args.num_images, record)
+        train_run(recipe, observers=(measurer,))
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def write_row(path: Path, key: Row, result: Row) -> None:
+    row = key | {name: result[name] for name in NUMBERS} | {"torch": torch.__version__, "date": str(date.today())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def best_row(rows: list[dict[str, Any]], real_rate: float) -> dict[str, Any] | None:
-    """Lowest held-out KID among the checkpoints that do not copy."""
-    honest = [row for row in rows if row["copy_rate"] <= real_rate + COPY_ALLOWANCE]
-    return min(honest, key=lambda row: row["kid"], default=None)
+def name_of(method: str, settings: dict[str, Any]) -> str:
+    return method + "".join(f" {key}={value}" for key, value in sorted(settings.items()))
 
 
-def tables(results: list[dict[str, Any]]) -> str:
-    """Markdown: per domain, every method at every step, mean (sd) over seeds."""
+def parse_entry(text: str) -> tuple[str, dict[str, Any], list[int]]:
+    """ "studio image_weight=0.05 @ 200,300" -> method, settings, steps to measure at."""
+    entry, _, steps = text.partition("@")
+    method, *pairs = entry.split()
+    settings = {
+        key: json.loads(value) if value[0] in "0123456789tf" else value for key, value in (p.split("=") for p in pairs)
+    }
+    return method, settings, [int(step) for step in steps.split(",")]
+
+
+def mean_of(rows: list[Row], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
+
+
+def spread(rows: list[Row], name: str, digits: int, scale: float = 1) -> str:
+    values = [scale * row[name] for row in rows]
+    mean = statistics.mean(values)
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def by_step(rows: list[Row], name: str) -> dict[int, list[Row]]:
+    """The measurements of one method: step -> a row a seed."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["name"] == name:
+            groups[row["step"]].append(row)
+    return dict(sorted(groups.items()))
+
+
+def best_honest(steps: dict[int, list[Row]], real_rate: float) -> tuple[int, list[Row]] | None:
+    """The step with the lowest mean held-out KID among those that do not copy."""
+    honest = [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
+    return min(honest, key=lambda item: mean_of(item[1], "kid"), default=None)
+
+
+def verdict(rows: list[Row]) -> str:
+    """Whether the default keeps what it promises against plain fine-tuning's best checkpoint; one domain's rows."""
+    real, default = by_step(rows, "real"), by_step(rows, DEFAULT)
+    if not real or not default:
+        return ""
+    wanted, rate = real[0][0]["intra_lpips"], real[0][0]["copy_rate"]
+    baseline = best_honest(by_step(rows, BASELINE), rate)
+    step, own = max(default.items())
+    if baseline is None:
+        return "No checkpoint of plain fine-tuning is free of copies.\n"
+    base_step, base = baseline
+    kid, base_kid = mean_of(own, "kid"), mean_of(base, "kid")
+    gap, base_gap = (abs(mean_of(r, "intra_lpips") - wanted) for r in (own, base))
+    copies = mean_of(own, "copy_rate")
+
+    def judged(met: bool) -> str:
+        return "met" if met else "MISSED"
+
+    return (
+        f"`{DEFAULT}` at step {step} against `{BASELINE}` at its best honest step {base_step}: "
+        f"KID {kid:.1f} against {base_kid:.1f} ({judged(kid <= base_kid)}); "
+        f"Intra-LPIPS gap to real {gap:.3f} against {base_gap:.3f}, {gap / base_gap:.2f} of it "
+        f"(at most {GAP_SHARE}: {judged(gap <= GAP_SHARE * base_gap)}); copies {100 * copies:.1f} %, "
+        f"{100 * rate:.1f} % among real pictures ({judged(copies <= rate + COPY_ALLOWANCE)}).\n"
+    )
+
+
+def tables(results: list[Row]) -> str:
+    """Markdown: per domain, every method at every step, mean ± standard deviation over seeds."""
     lines = []
     for domain in dict.fromkeys(row["domain"] for row in results):
         rows = [row for row in results if row["domain"] == domain]
         lines += [
             f"\n### {domain}\n",
-            "| | step | seeds | KID x10³ | Intra-LPIPS | copies | seconds |",
-            "|---|---|---|---|---|---|---|",
+            "| | step | seeds | KID x10³ | FID | Intra-LPIPS | copies | training seconds |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        groups = defaultdict(list)
-        for row in rows:
-            groups[row["name"], row["step"]].append(row)
-        for (name, step), group in groups.items():
-            cells = [spread([100 * r["copy_rate"] for r in group], 1) + " %"]
-            kid, intra = spread([r["kid"] for r in group], 1), spread([r["intra_lpips"] for r in group], 3)
-            seconds = statistics.median(r["seconds"] for r in group)
-            lines.append(f"| {name} | {step or '–'} | {len(group)} | {kid} | {intra} | {cells[0]} | {seconds:.0f} |")
+        for name in sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: (name not in ANCHORS, name)):
+            for step, group in by_step(rows, name).items():
+                numbers = (("kid", 1, 1), ("fid", 0, 1), ("intra_lpips", 3, 1), ("copy_rate", 1, 100))
+                cells = [spread(group, key, digits, scale) for key, digits, scale in numbers]
+                seconds = f"{statistics.median(r['seconds'] for r in group):.0f}" if "seconds" in group[0] else "–"
+                cells[-1] += " %"
+                lines.append(f"| {name} | {step or '–'} | {len(group)} | {' | '.join(cells)} | {seconds} |")
+        lines += ["", verdict(rows)]
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float], digits: int) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
-    """ "studio image_weight=0.05" -> method and settings."""
-    method, *pairs = text.split()
-    return method, {
-        key: json.loads(value) if value[0] in "0123456789tf" else value for key, value in (p.split("=") for p in pairs)
-    }
+METHODS = [
+    "finetune @ 50,100,150,200,300",
+    "studio @ 300",
+    "domainstudio @ 150,300",
+    "domainstudio_released @ 150,300",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--domains", nargs="+", default=["ink", "sunglasses", "watercolour"])
-    parser.add_argument("--methods", nargs="+", default=["finetune", "studio", "domainstudio", "domainstudio_released"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, help='such as "studio image_weight=0.05 @ 200,300"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", nargs="+", type=int, default=[100, 200, 300])
     parser.add_argument("--num-images", type=int, default=200)
+    parser.add_argument("--mixed-precision", default="no")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the tables of what was measured")
     args = parser.parse_args()
     if args.table:
-        print(tables(read_results(args.results)))
+        print(tables(read_rows(args.results)))
         return
+    done = {(row["domain"], row["name"], row["seed"], row["step"]) for row in read_rows(args.results)}
     for domain in args.domains:
-        for anchor in ("source", "copier", "real"):
-            run(domain, anchor, {}, 0, [0], args)
+        for anchor in ANCHORS:
+            if (domain, anchor, 0, 0) not in done:
+                measure_anchor(domain, anchor, args)
     for seed in args.seeds:
         for domain in args.domains:
             for text in args.methods:
-                run(domain, *parse_settings(text), seed, args.steps, args)
+                method, settings, steps = parse_entry(text)
+                if not all((domain, name_of(method, settings), seed, step) in done for step in steps):
+                    measure_run(domain, method, settings, seed, steps, args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ AdamW and the weight average.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -36,7 +37,7 @@ def one_variant(method: str, adapter: str, batch_size: int):
             times.append(time.perf_counter())
 
         train(model, adaptation, images, objective, TrainConfig(count, batch_size, 1e-5), prior, (watch,))
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times)]
 
     return steps
 

@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; continue a training run with --resume-from-checkpoint latest", file=sys.stderr)
         return 130
@@ -44,12 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
     _option(demo, "--output-dir", type=Path, default=Path("demo"))
     _option(demo, "--max-train-steps", type=int, default=200)
-    _option(demo, "--num-images", type=int, default=100, help="samples measured of each model")
+    _option(demo, "--num-images", type=_positive, default=100, help="samples measured of each model")
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="say what is wrong with a folder of training pictures; changes nothing")
     check.add_argument("folder", help="folder, or bundled:NAME")
-    check.add_argument("--resolution", type=int, default=None, help="side of the model's pictures")
+    check.add_argument("--resolution", type=_positive, default=None, help="side of the model's pictures")
     check.set_defaults(run=_check)
 
     train = commands.add_parser("train", help="adapt a source model to a folder of pictures")
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="draw pictures from a finished run")
     sample.add_argument("target", type=Path, metavar="RUN")
-    _option(sample, "--num-images", type=int, default=16)
+    _option(sample, "--num-images", type=_positive, default=16)
     _option(sample, "--seed", type=int, default=0)
     _option(sample, "--output-dir", type=Path, required=True)
     sample.set_defaults(run=_sample)
@@ -82,7 +85,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _option(parser: argparse.ArgumentParser, flag: str, **settings: Any) -> None:
     """A flag that is also understood with underscores, as the diffusers examples spell theirs."""
-    parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **settings)
+    parser.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **settings)
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small; give 1 or more")
+    return value
+
+
+_positive.__name__ = "int"  # which argparse puts into "invalid int value"
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +127,7 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     _option(
         parser, "--reference-dir", type=Path, help="held-out pictures: folder or .zip (bundled domains bring theirs)"
     )
-    _option(parser, "--num-images", type=int, default=200, help="samples drawn of a run (default: %(default)s)")
+    _option(parser, "--num-images", type=_positive, default=200, help="samples drawn of a run (default: %(default)s)")
     _option(parser, "--seed", type=int, default=0)
     parser.add_argument("--lpips", choices=["vgg", "alex"], default="vgg", help="LPIPS backbone")
     _option(

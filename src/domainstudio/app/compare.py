@@ -85,6 +85,8 @@ def compare_runs(
             raise UserError(
                 f"the runs do not share {name} ({', '.join(sorted(values))}); compare runs of one source and set"
             )
+    for folder in folders:
+        folder.finished()
     recipe = recipes[0]
     source = open_source(recipe.pretrained_model_name_or_path)
     training = open_domain(recipe, source).images

@@ -40,7 +40,7 @@ class Console:
 
     def log(self, message: str) -> None:
         """One line."""
-        self._console.print(message, markup=False, highlight=False)
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Shows `done` of `total` on the bar called `what`."""

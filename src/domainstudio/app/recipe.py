@@ -117,7 +117,7 @@ def build_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
             settings = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid TOML: {error}") from error
     try:
         return Recipe.model_validate({**settings, **overrides})

@@ -1,5 +1,6 @@
 """Use cases on run folders: train one, sample from one. The folder's layout is known here and nowhere else."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,9 @@ def train_run(
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is not None:
         _drop_what_follows(folder, resume.step, recipe.max_train_steps)
-    folder.config.write_text(recipe.to_toml(), encoding="utf-8")
+    partial = folder.config.with_suffix(".partial")
+    partial.write_text(recipe.to_toml(), encoding="utf-8")
+    partial.replace(folder.config)
     prior = None
     if objective.pairing == "source_samples":  # drawn before an adapter is put into the network
         prior = _source_samples(folder, model, recipe, drawing)
@@ -190,8 +193,8 @@ def sample_run(run: Path, num_images: int, seed: int, output_dir: Path, progress
     Raises:
         UserError: if the run has no result, or `output_dir` already holds pictures.
     """
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(f"{output_dir} is not empty; give a new --output-dir, so that sets are not mixed")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} is not an empty folder; give a new --output-dir, so that sets are not mixed")
     images = draw_pictures(run, num_images, seed, progress)
     output_dir.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(to_pil(images)):
@@ -227,7 +230,9 @@ def _find_start(folder: RunFolder, recipe: Recipe, resume: str | None, log: Call
     Raises:
         UserError: if that would overwrite what is in the folder, or mix two runs.
     """
-    taken = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
+    taken = folder.path.exists()
+    if folder.path.is_dir():  # a kill before the first step may have left config.partial alone
+        taken = any(path.name != "config.partial" for path in folder.path.iterdir())
     if taken and (resume is None or not folder.config.is_file()):
         kind = "already holds a run" if folder.config.exists() else "is not an empty folder"
         raise UserError(
@@ -249,8 +254,14 @@ def _find_start(folder: RunFolder, recipe: Recipe, resume: str | None, log: Call
     if checkpoint is None:
         log(f"{folder.path} has no checkpoint yet: starting from the beginning")
         return None
+    state = load_checkpoint(checkpoint)
+    if state.step > recipe.max_train_steps:
+        raise UserError(
+            f"{checkpoint} is beyond max_train_steps={recipe.max_train_steps}; give {state.step} or more, or resume "
+            "from an earlier checkpoint"
+        )
     log(f"continuing from {checkpoint}")
-    return load_checkpoint(checkpoint)
+    return state
 
 
 _MAY_CHANGE = {
@@ -264,6 +275,8 @@ def _drop_what_follows(folder: RunFolder, step: int, last: int) -> None:
     for number, path in list_checkpoints(folder.path):
         if number > step:
             remove_whole(path)
+    for leftover in folder.path.glob(".checkpoint-*"):  # of a kill in mid-save
+        shutil.rmtree(leftover)
     if step < last:
         remove_whole(folder.pipeline)
 

@@ -1,6 +1,5 @@
 """Opens a diffusers pipeline folder, hub name or `bundled:NAME` as a DiffusionModel."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,14 @@ def _open_pipeline(name: str) -> DiffusionPipeline:
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise UserError(f"{name} is not a diffusers pipeline folder: it has no model_index.json")
     # diffusers logs a type mismatch for an AutoencoderKL in LDMPipeline's `vqvae` slot, which its code accepts.
-    logger = logging.getLogger("diffusers.pipelines.pipeline_loading_utils")
-    level, logger.level = logger.level, logging.ERROR
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     bars = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
         return DiffusionPipeline.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: a class missing or unknown
         raise UserError(
             f"could not load a diffusers pipeline from {name!r}: {error}. Give a pipeline folder, a hub name, or a "
             "bundled model such as bundled:avatars"

@@ -105,7 +105,7 @@ def look(
     wanted = target(model.prediction, clean, noise, alpha, sigma)
 
     def to_space(x: Tensor) -> Tensor:
-        return model.codec.decode(x) if objective.space == "pixel" else x
+        return model.codec.decode(x).to(x) if objective.space == "pixel" else x
 
     def view(rows: slice, source: Tensor | None) -> View:
         variance = None if student.variance is None else student.variance[rows]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def load_checkpoint(path: Path) -> TrainState:
             saved["optimizer"],
             saved["scaler"],
         )
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is not a usable checkpoint ({error}); resume from another, or start anew") from error
 
 
@@ -106,18 +107,28 @@ def written_whole(folder: Path) -> Iterator[Path]:
     yield partial
     for path in partial.rglob("*"):
         _flush(path)
-    remove_whole(folder)
+    old = _hide(folder)
     partial.rename(folder)
     _flush(folder.parent)
+    _remove(old)
 
 
 def remove_whole(folder: Path) -> None:
     """Removes `folder`, if there is one; hidden first, so that a kill leaves no part of it under its name."""
-    removed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(_hide(folder))
+
+
+def _hide(folder: Path) -> Path:
+    hidden = folder.with_name(f".{folder.name}.removed")
+    _remove(hidden)
     if folder.exists():
-        folder.rename(removed)
-        shutil.rmtree(removed)
+        folder.rename(hidden)
+    return hidden
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _flush(path: Path) -> None:

@@ -180,7 +180,8 @@ def train(
                 chosen = torch.randperm(len(prior), generator=generator)[: config.pair_batch_size]
                 pairs = prior[chosen].to(x0)
             with accelerator.autocast():
-                loss, parts = objective(look(model, adaptation, objective, x0, pairs, generator))
+                views = look(model, adaptation, objective, x0, pairs, generator)
+            loss, parts = objective(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
             value = loss.item()
             if not math.isfinite(value):
                 raise UserError(

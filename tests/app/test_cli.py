@@ -1,0 +1,113 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import FAST, domainstudio, succeeds
+
+import domainstudio as package
+from domainstudio.app.recipe import build_recipe
+
+# Frozen: scripts depend on these names.
+TRAIN_FLAGS = [
+    "--pretrained-model-name-or-path",
+    "--instance-data-dir",
+    "--output-dir",
+    "--method",
+    "--adapter",
+    "--rank",
+    "--lora-alpha",
+    "--max-train-steps",
+    "--train-batch-size",
+    "--learning-rate",
+    "--lr-warmup-steps",
+    "--max-grad-norm",
+    "--weight-decay",
+    "--use-ema",
+    "--random-flip",
+    "--pairing",
+    "--image-weight",
+    "--hf-weight",
+    "--hfmse-weight",
+    "--space",
+    "--num-prior-images",
+    "--pair-batch-size",
+    "--resolution",
+    "--seed",
+    "--mixed-precision",
+    "--checkpointing-steps",
+    "--checkpoints-total-limit",
+    "--validation-steps",
+    "--num-validation-images",
+    "--num-inference-steps",
+    "--resume-from-checkpoint",
+]
+OTHER_FLAGS = {
+    "demo": {"--domain", "--output-dir", "--max-train-steps", "--num-images"},
+    "check": {"--resolution"},
+    "sample": {"--num-images", "--seed", "--output-dir"},
+    "evaluate": {"--instance-data-dir", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px"}
+    | {"--intra", "--json"},
+    "compare": {"--output", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px", "--intra"},
+}
+COMMANDS = ["demo", "check", "train", "sample", "evaluate", "compare"]
+
+
+def offered(command: str) -> set[str]:
+    """The flags that --help shows, in both spellings."""
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", domainstudio(command, "--help").out)) - {"--help"}
+
+
+def test_the_flags_of_train_are_frozen():
+    negations = {"--no-use-ema", "--no-random-flip", "--no-use_ema", "--no-random_flip"}
+    assert offered("train") == {*TRAIN_FLAGS, *("--" + flag[2:].replace("-", "_") for flag in TRAIN_FLAGS), *negations}
+
+
+@pytest.mark.parametrize("command", OTHER_FLAGS)
+def test_the_flags_of_the_other_commands_are_frozen(command):
+    assert {flag.replace("_", "-") for flag in offered(command)} == OTHER_FLAGS[command]
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help_is_given_on_stdout(argv):
+    result = domainstudio(*argv)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("usage: domainstudio")
+    assert "%(" not in result.out
+
+
+def test_help_names_every_command():
+    shown = domainstudio("--help").out
+    assert all(re.search(rf"^ +{command} ", shown, re.MULTILINE) for command in COMMANDS)
+
+
+def test_version():
+    result = domainstudio("--version")
+    assert (result.code, result.out, result.err) == (0, package.__version__ + "\n", "")
+
+
+def test_underscores_are_understood(tmp_path, pipelines, pictures):
+    settings = {**FAST, "pretrained_model_name_or_path": pipelines("pixel_epsilon"), "instance_data_dir": pictures}
+    settings |= {"output_dir": tmp_path / "run", "max_train_steps": 1, "method": "finetune", "seed": 3}
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    succeeds("train", *given, "--no-use_ema", "--resume_from_checkpoint=latest")
+    kept = build_recipe(tmp_path / "run" / "config.toml", {})
+    assert (kept.seed, kept.use_ema, kept.max_train_steps) == (3, False, 1)
+
+
+def test_the_console_script_shows_no_traceback(tmp_path):
+    script = Path(sys.executable).with_name("domainstudio")
+    done = subprocess.run([script, "check", tmp_path / "no"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'no'}: does not exist; give a folder of pictures\n"
+
+
+def test_control_c_says_how_to_continue(monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("domainstudio.data.check.check_folder", interrupt)
+    result = domainstudio("check", tmp_path)
+    assert (result.code, result.out) == (130, "")
+    assert "--resume-from-checkpoint latest" in result.err

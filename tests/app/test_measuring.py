@@ -1,0 +1,222 @@
+"""evaluate, compare and demo, through the command line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from command_line import FAST, domainstudio, metrics, succeeds, tree
+from PIL import Image
+from torch import Tensor, nn
+
+from domainstudio.app import recipe as recipes
+from domainstudio.app.compare import METHOD_TITLES
+from domainstudio.errors import MissingWeights
+from domainstudio.evaluation import features
+from domainstudio.evaluation.weights import find_weights
+from domainstudio.training.methods import METHODS
+
+NUMBERS = ("intra_lpips", "kid", "fid", "copy_rate", "nearest_lpips")
+PROTOCOLS = ("intra_lpips_protocol", "copy_protocol", "kid_protocol", "fid_protocol")
+
+
+class Stub(nn.Module):
+    """Coarse pixels as features."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images, 4).flatten(1) * self.scale
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    monkeypatch.setattr(features, "load_lpips", lambda backbone: Stub())
+    monkeypatch.setattr(features, "load_inception", Stub)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def missing(name: str) -> Path:
+        raise MissingWeights(f"the {name} weights are not here")
+
+    monkeypatch.setattr(features, "find_weights", missing)
+
+
+@pytest.fixture
+def heldout(tmp_path) -> Path:
+    """Twelve pictures of no one else's."""
+    folder = tmp_path / "heldout"
+    folder.mkdir()
+    for index, levels in enumerate(np.random.default_rng(7).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(levels.repeat(4, axis=0).repeat(4, axis=1)).save(folder / f"{index}.png")
+    return folder
+
+
+def evaluated(*argv: object) -> dict:
+    """What `evaluate --json` prints: one object, strict JSON, and nothing else."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    result = succeeds("evaluate", *argv, "--json")
+    assert result.out.endswith("}\n")
+    assert result.out.count("\n") == 1
+    return json.loads(result.out, parse_constant=refuse)
+
+
+@pytest.mark.usefixtures("stubs")
+class TestEvaluate:
+    def test_a_run(self, full_run, pictures, heldout):
+        given = (full_run, "--instance-data-dir", pictures, "--reference-dir", heldout, "--num-images", 12)
+        measured = evaluated(*given)
+        assert all(isinstance(measured[name], float) for name in NUMBERS)
+        assert all(isinstance(measured[name], str) for name in PROTOCOLS)
+        assert (measured["num_images"], measured["num_reference"], measured["reasons"]) == (12, 12, {})
+        assert len(measured["nearest_indices"]) == 12
+        assert measured == evaluated(*given)
+        assert measured != evaluated(*given, "--seed", 1)
+        assert evaluated(*given, "--intra", "crdi")["intra_lpips_protocol"].startswith("CRDI")
+
+    def test_without_reference_kid_is_null_with_the_reason(self, full_run, pictures):
+        measured = evaluated(full_run, "--instance-data-dir", pictures, "--num-images", 12)
+        assert measured["kid"] is measured["fid"] is None
+        for name in ("kid", "fid"):
+            assert "--reference-dir" in measured["reasons"][name]
+        assert measured["num_reference"] == 0
+
+    def test_a_folder_is_measured_whole_and_copies_are_found(self, pictures, heldout):
+        measured = evaluated(pictures, "--instance-data-dir", pictures, "--reference-dir", heldout, "--num-images", 3)
+        assert (measured["num_images"], measured["copy_rate"]) == (10, 1.0)
+        assert measured["nearest_indices"] == list(range(10))
+
+    def test_a_zip(self, pictures, heldout, tmp_path):
+        file = shutil.make_archive(str(tmp_path / "zip"), "zip", heldout)
+        given = ("--instance-data-dir", pictures, "--reference-dir")
+        assert evaluated(file, *given, heldout) == evaluated(heldout, *given, file)
+
+    def test_a_pipeline_folder(self, full_run, pictures):
+        measured = evaluated(full_run / "pipeline", "--instance-data-dir", pictures, "--num-images", 3)
+        assert measured["num_images"] == 3
+
+    def test_the_table_says_the_same(self, full_run, pictures, heldout):
+        given = (full_run, "--instance-data-dir", pictures, "--reference-dir", heldout, "--num-images", 12)
+        measured, lines = evaluated(*given), succeeds("evaluate", *given).out.splitlines()
+        shown = {line.split()[0]: line.split()[1] for line in lines}
+        assert shown == {**{name: f"{measured[name]:.4f}" for name in NUMBERS}, "num_images": "12"}
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_without_weights_everything_runs_and_says_what_is_missing(full_run, pictures, tmp_path):
+    given = (full_run, "--instance-data-dir", pictures, "--reference-dir", pictures, "--num-images", 3)
+    measured = evaluated(*given)
+    for name in NUMBERS:
+        assert measured[name] is None
+        assert "weights are not here" in measured["reasons"][name]
+    assert measured["num_images"] == 3
+    assert succeeds("evaluate", *given).out.count("weights are not here") == len(NUMBERS)
+    report = tmp_path / "report.html"
+    result = succeeds("compare", full_run, "--num-images", 3, "--output", report)
+    assert "weights are not here" in result.out
+    assert "weights are not here" in report.read_text()
+
+
+def test_one_real_evaluation(pictures, heldout):
+    """With the published networks, where they are installed."""
+    try:
+        find_weights("lpips-alex"), find_weights("inception")
+    except MissingWeights:
+        pytest.skip("the metric networks are not installed")
+    given = ("--instance-data-dir", pictures, "--reference-dir", heldout, "--lpips", "alex")
+    measured = evaluated(pictures, *given)
+    assert measured["nearest_lpips"] == pytest.approx(0, abs=1e-4)
+    assert measured["copy_rate"] == 1
+    assert measured["fid"] > 0
+    assert measured["intra_lpips_protocol"].startswith("CDC: LPIPS-ALEX at 32 px, 10 images")
+    assert "no two images share" in measured["reasons"]["intra_lpips"]
+
+
+def assert_self_contained(page: str) -> None:
+    assert not re.search(r"<(script|link|iframe|object|embed)\b", page)
+    assert not re.search(r"@import|url\((?!['\"]?data:)", page)
+    sources = re.findall(r"""\b(?:src|href|srcset|poster)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert sources
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
+
+
+@pytest.mark.usefixtures("stubs")
+class TestCompare:
+    def test_report_and_table(self, full_run, plain_run, heldout, tmp_path):
+        before, report = tree(full_run), tmp_path / "new" / "report.html"
+        given = ("--reference-dir", heldout, "--num-images", 12, "--output", report)
+        result = succeeds("compare", full_run, plain_run, *given)
+        page = report.read_text(encoding="utf-8")
+        assert [path.name for path in report.parent.iterdir()] == ["report.html"]
+        assert_self_contained(page)
+        titles = ("Un-adapted source", "DomainStudio", "Plain fine-tuning", "Copier", "Real held-out pictures")
+        for title in titles:
+            assert title in page
+            assert all(word in result.out for word in title.split())
+        assert result.out.splitlines()[-1] == f"report: {report}"
+        assert tree(full_run) == before
+
+    def test_two_runs_of_a_method_are_told_apart(self, full_run, tmp_path):
+        other = shutil.copytree(full_run, tmp_path / "other")
+        succeeds("compare", full_run, other, "--num-images", 3, "--output", tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert "DomainStudio (full)" in page
+        assert "DomainStudio (other)" in page
+
+    def test_without_reference(self, lora_run, tmp_path):
+        succeeds("compare", lora_run, "--num-images", 3, "--output", tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert_self_contained(page)
+        assert "Copier" in page
+        assert "--reference-dir" in page
+
+    def test_every_method_has_a_title(self):
+        assert METHOD_TITLES.keys() == set(METHODS)
+
+
+@pytest.fixture
+def tiny_bundle(monkeypatch, pipelines):
+    """The tiny pipeline in place of the bundled model, and settings that take a moment."""
+    monkeypatch.setattr("domainstudio.app.runs.bundled_model", lambda name: pipelines("pixel_epsilon"))
+    build = recipes.build_recipe
+
+    def fast(path, settings):
+        quick = {name: value for name, value in FAST.items() if name not in ("max_train_steps", "validation_steps")}
+        return build(path, {**settings, **quick})
+
+    monkeypatch.setattr("domainstudio.app.compare.build_recipe", fast)
+
+
+@pytest.mark.usefixtures("stubs", "tiny_bundle")
+def test_demo(tmp_path):
+    given = ("demo", "--output-dir", tmp_path / "demo", "--max-train-steps", 4, "--num-images", 6)
+    result = succeeds(*given)
+    report = tmp_path / "demo" / "report.html"
+    assert result.out.splitlines()[-1] == f"report: {report}"
+    page = report.read_text(encoding="utf-8")
+    assert_self_contained(page)
+    for title in ("Un-adapted source", "Plain fine-tuning", "DomainStudio", "Copier", "Real held-out pictures"):
+        assert title in page
+    runs = [tmp_path / "demo" / name for name in ("finetune", "studio")]
+    assert all(len(metrics(run)) == 4 for run in runs)
+
+    before = [tree(run) for run in runs]
+    assert "training studio" not in succeeds(*given).err  # finished runs are kept
+    assert [tree(run) for run in runs] == before
+    shutil.rmtree(runs[1] / "pipeline")  # as if it had been stopped
+    succeeds(*given)
+    assert (runs[1] / "pipeline" / "model_index.json").exists()
+
+    other = domainstudio(*given[:-3], 5, *given[-2:])
+    assert (other.code, other.out) == (2, "")
+    assert "other settings" in other.err

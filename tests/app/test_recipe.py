@@ -1,0 +1,145 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+from command_line import FAST, domainstudio, flags
+from pydantic import ValidationError
+
+from domainstudio.app.recipe import Recipe, build_recipe
+from domainstudio.errors import UserError
+
+ODD_NAMES = [
+    "plain",
+    'a "quoted" name',
+    "back\\slash\\n",
+    "C:\\new\\table",
+    "ünï/日本 画",
+    "tab\there",
+    "del\x7f",
+    "'#'",
+    "a\nb",
+]
+
+
+def problems(path: Path | None = None, **overrides) -> str:
+    with pytest.raises(UserError) as caught:
+        build_recipe(path, overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_toml_reads_back_to_an_equal_recipe(name, write):
+    recipe = Recipe(
+        instance_data_dir=name,
+        output_dir=name,
+        use_ema=False,
+        learning_rate=1.5e-7,
+        lora_alpha=3,
+        rank=2,
+        pairing="training",
+    )
+    path = write(recipe.to_toml())
+    assert build_recipe(path, {}) == recipe
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["instance_data_dir"] == name
+
+
+def test_every_value_of_a_default_recipe_is_written_but_the_open_ones(write):
+    recipe = Recipe(instance_data_dir="x")
+    written = tomllib.loads(recipe.to_toml())
+    assert written == {name: value for name, value in recipe.model_dump().items() if value is not None}
+    assert build_recipe(write(recipe.to_toml()), {}) == recipe
+
+
+def test_overrides_win_over_the_file(write):
+    recipe = build_recipe(write('instance_data_dir = "a"\nrank = 4\nseed = 5\n'), {"seed": 6, "output_dir": "o"})
+    assert (recipe.instance_data_dir, recipe.rank, recipe.seed, recipe.output_dir) == ("a", 4, 6, "o")
+
+
+def test_flags_win_over_the_file_on_the_command_line(write, tmp_path, pipelines, pictures):
+    old = Recipe(instance_data_dir=str(pictures), output_dir=str(tmp_path / "wrong"), seed=1, max_train_steps=9)
+    given = {"output_dir": tmp_path / "run", "pretrained_model_name_or_path": pipelines("pixel_epsilon"), **FAST}
+    given |= {"method": "finetune", "max_train_steps": 1, "use_ema": False}
+    result = domainstudio("train", write(old.to_toml()), *flags(**given))
+    assert result.code == 0, result.err
+    kept = build_recipe(tmp_path / "run" / "config.toml", {})
+    assert (kept.seed, kept.max_train_steps, kept.use_ema, kept.method) == (1, 1, False, "finetune")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_unknown_keys_are_refused_with_the_nearest_known_one(write):
+    message = problems(write('instance_data_dir = "a"\nleraning_rate = 1e-4\nzzz = 1\n'))
+    assert "leraning_rate: no such setting; did you mean learning_rate?" in message
+    assert "zzz: no such setting" in message
+
+
+def test_all_problems_are_told_at_once(write):
+    message = problems(write('ranks = 3\nmethod = "studoi"\nmax_train_steps = 0\nuse_ema = "perhaps"\n'), seed=-1)
+    for part in (
+        "instance_data_dir: required",
+        "ranks: no such",
+        "did you mean rank?",
+        "method = 'studoi'",
+        "'studio'",
+    ):
+        assert part in message
+    for part in ("max_train_steps = 0", "use_ema = 'perhaps'", "seed = -1"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "domainstudio", "train_batch_size": 2}, "train_batch_size=2"),
+        ({"pair_batch_size": 20, "num_prior_images": 10}, "pair_batch_size=20"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"learning_rate": 0}, "learning_rate = 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, told):
+    assert told in problems(instance_data_dir="x", **settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("output_dir = \n", "not valid TOML"),
+        (b'output_dir = "caf\xe9"\n', "not valid TOML"),
+        ("[train]\nrank = 1\n", "train:"),
+    ],
+)
+def test_unreadable_files_are_told(content, told, write):
+    path = write(content)
+    assert told in problems(path)
+    result = domainstudio("train", path)
+    assert (result.code, result.out) == (2, "")
+    assert told in result.err
+
+
+def test_missing_recipe_file(tmp_path):
+    assert "cannot read recipe" in problems(tmp_path / "none.toml")
+    assert "cannot read recipe" in problems(tmp_path)
+
+
+def test_settings_without_effect_are_warned_of():
+    assert Recipe(instance_data_dir="x").warnings() == []
+    (warning,) = Recipe(instance_data_dir="x", rank=4).warnings()
+    assert "rank" in warning
+    assert Recipe(instance_data_dir="x", rank=4, adapter="lora").warnings() == []
+    warned = " ".join(Recipe(instance_data_dir="x", method="finetune", num_prior_images=20).warnings())
+    assert "num_prior_images" in warned
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises((ValidationError, dataclasses.FrozenInstanceError)):
+        Recipe(instance_data_dir="x").rank = 3

@@ -1,0 +1,187 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from training_kit import adapt, look_at, perturb
+
+from domainstudio.diffusion.prediction import to_x0
+from domainstudio.errors import UserError
+from domainstudio.training.methods import METHODS, build_objective
+
+PAIRED = [method for method in METHODS if method != "finetune"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["pixel_learned", "pixel_flow", "latent_v"])
+def test_every_method_builds_for_every_kind_of_model(models, method, name):
+    model = models(name)
+    objective = build_objective(method, model)
+    names = [term.name for term in objective.terms]
+    expected = ["simple", *(["vlb"] if name == "pixel_learned" else [])]
+    expected += [] if method == "finetune" else ["image", "hf", "hfmse"]
+    assert names == expected
+    assert (objective.pairing == "none") == (method == "finetune")
+    adaptation = adapt(model, "full")
+    perturb(adaptation)
+    views = look_at(model, adaptation, objective)
+    total, parts = objective(views)
+    by_hand = sum(term.weight * parts[term.name].item() for term in objective.terms)
+    assert total.item() == pytest.approx(by_hand, rel=1e-5)
+    assert all(value.ndim == 0 and not value.requires_grad for value in parts.values())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"image_weight": 1.0}, {"hf_weight": 0.0}, {"pairing": "training"}, {"space": "pixel"}]
+)
+def test_finetuning_refuses_pairwise_settings(models, setting):
+    with pytest.raises(UserError, match=f"finetune has no {next(iter(setting))}; remove it"):
+        build_objective("finetune", models("pixel_epsilon"), **setting)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_that_are_none_keep_the_methods_own(models, method):
+    model, nothing = models("pixel_epsilon"), dict.fromkeys(("image_weight", "hf_weight", "pairing", "space"))
+    given, plain = build_objective(method, model, **nothing), build_objective(method, model)
+    assert [t.weight for t in given.terms] == [t.weight for t in plain.terms]
+    assert (given.pairing, given.space) == (plain.pairing, plain.space)
+
+
+@pytest.mark.parametrize("method", PAIRED)
+def test_settings_reach_the_objective(models, method):
+    objective = build_objective(
+        method, models("latent_v"), image_weight=7.0, hf_weight=8.0, hfmse_weight=9.0, pairing="training", space="pixel"
+    )
+    weights = {term.name: term.weight for term in objective.terms}
+    assert (weights["image"], weights["hf"], weights["hfmse"]) == (7, 8, 9)
+    assert (objective.pairing, objective.space) == ("training", "pixel")
+    with pytest.raises(UserError, match="without its pairs"):
+        build_objective(method, models("latent_v"), pairing="none")
+
+
+@pytest.mark.parametrize("method", PAIRED)
+@pytest.mark.parametrize("removed", ["image", "hf", "hfmse"])
+def test_weight_zero_is_the_term_removed(models, method, removed):
+    model = models("pixel_v")
+    adaptation = adapt(model, "full")
+    perturb(adaptation)
+    objective = build_objective(method, model, **{f"{removed}_weight": 0.0})
+    views = look_at(model, adaptation, objective)
+    without = dataclasses.replace(objective, terms=tuple(t for t in objective.terms if t.name != removed))
+    zero, gone, whole = objective(views)[0], without(views)[0], build_objective(method, model)(views)[0]
+    torch.testing.assert_close(zero, gone, rtol=1e-6, atol=0)
+    assert zero.item() != whole.item()
+
+
+def test_all_weights_zero_is_finetuning(models):
+    model = models("pixel_learned")
+    adaptation = adapt(model, "full")
+    zero = build_objective("domainstudio", model, image_weight=0.0, hf_weight=0.0, hfmse_weight=0.0)
+    views = look_at(model, adaptation, zero)
+    torch.testing.assert_close(zero(views)[0], build_objective("finetune", model)(views)[0], rtol=1e-6, atol=0)
+
+
+def _hf(picture):
+    """LH + HL + HH of one (C, H, W) picture by 2x2 blocks, one coefficient at a time."""
+    c, h, w = picture.shape
+    out = torch.zeros(c, h // 2, w // 2, dtype=picture.dtype)
+    for k in range(c):
+        for i in range(h // 2):
+            for j in range(w // 2):
+                a, b = picture[k, 2 * i, 2 * j], picture[k, 2 * i, 2 * j + 1]
+                d, e = picture[k, 2 * i + 1, 2 * j], picture[k, 2 * i + 1, 2 * j + 1]
+                out[k, i, j] = (-a + b - d + e) / 2 + (-a - b + d + e) / 2 + (a - b - d + e) / 2
+    return out
+
+
+def _softmaxes(pictures):
+    """p_i over j != i of cos(x_i, x_j), as lists."""
+    rows = []
+    for i, x in enumerate(pictures):
+        others = [y for j, y in enumerate(pictures) if j != i]
+        weights = [math.exp((x * y).sum() / (x.norm() * y.norm())) for y in others]
+        rows.append([w / sum(weights) for w in weights])
+    return rows
+
+
+def _kl(ps, qs):
+    return sum(p * math.log(p / q) for row, other in zip(ps, qs, strict=True) for p, q in zip(row, other, strict=True))
+
+
+def _slow_terms(views, released):
+    """Every term with loops in float64, from what was noised and what the networks said."""
+    training, pairs = views.training, views.pairs
+    student, source = list(pairs.student_image.detach().double()), list(pairs.source_image.double())
+    if released:
+        student, source = student[:3], source[:3]
+
+    def divergence(one, two):
+        return _kl(_softmaxes(two), _softmaxes(one)) / 6 if released else _kl(_softmaxes(one), _softmaxes(two))
+
+    hfmse = 0.0
+    for i, (estimate, picture) in enumerate(zip(training.student_image.detach().double(), training.image, strict=True)):
+        snr = (training.alpha[i].double() / training.sigma[i].double()) ** 2
+        weight = 1.0 if released else min(1.0, snr.item())
+        hfmse += weight * (_hf(estimate) - _hf(picture.double())).square().mean().item() / len(training.t)
+    simple = (training.student.output.detach().double() - training.target.double()).square().mean().item()
+    hf_student, hf_source = [_hf(x) for x in student], [_hf(x) for x in source]
+    return {
+        "simple": simple,
+        "image": divergence(student, source),
+        "hf": divergence(hf_student, hf_source),
+        "hfmse": hfmse,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("domainstudio", "pixel_epsilon"),
+        ("domainstudio", "latent_flow"),
+        ("ddpm_pa", "pixel_v"),
+        ("studio", "pixel_v"),
+        ("domainstudio_released", "pixel_x0"),
+    ],
+)
+def test_the_loss_is_that_of_slow_loops(models, method, name):
+    model = models(name)
+    adaptation = adapt(model, "full")
+    perturb(adaptation, 0.1)
+    objective = build_objective(method, model)
+    views = look_at(model, adaptation, objective)
+    total, parts = objective(views)
+    slow = _slow_terms(views, method == "domainstudio_released")
+    for term in objective.terms:
+        assert parts[term.name].item() == pytest.approx(slow[term.name], rel=1e-3, abs=2e-6), term.name
+    assert slow["image"] > 1e-5
+    assert total.item() == pytest.approx(sum(t.weight * slow[t.name] for t in objective.terms), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pixel_epsilon", "pixel_learned", "pixel_v", "pixel_x0", "latent_v", "pixel_flow"])
+def test_the_target_is_what_gives_back_the_clean_picture(models, name):
+    model = models(name)
+    view = look_at(model, adapt(model, "full"), build_objective("finetune", model)).training
+    x0 = to_x0(model.prediction, view.target.double(), view.x_t.double(), view.alpha.double(), view.sigma.double())
+    torch.testing.assert_close(x0.float(), view.x0, rtol=1e-3, atol=1e-3)
+
+
+def test_learned_variance_is_trained_by_the_bound_and_the_mean_is_not(models):
+    model = models("pixel_learned")
+    adaptation = adapt(model, "full")
+    objective = build_objective("finetune", model)
+    views = look_at(model, adaptation, objective)
+    simple, vlb = objective.terms
+    assert (simple.weight, vlb.weight) == (1, 1), "0.001 a step of the schedule's 1000"
+    last = adaptation.network.conv_out
+    (of_bound,) = torch.autograd.grad(vlb.loss(views), last.weight, retain_graph=True)
+    (of_simple,) = torch.autograd.grad(simple.loss(views), last.weight)
+    assert torch.equal(of_bound[:3], torch.zeros_like(of_bound[:3]))
+    assert (of_bound[3:] != 0).all()
+    assert (of_simple[:3] != 0).all()
+    assert torch.equal(of_simple[3:], torch.zeros_like(of_simple[3:]))
+
+
+def test_learned_variance_of_latents_is_refused(models):
+    model = dataclasses.replace(models("latent_epsilon"), learned_variance=True)
+    with pytest.raises(UserError, match="pixel space; this one is latent"):
+        build_objective("finetune", model)
