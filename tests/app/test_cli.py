@@ -27,6 +27,7 @@ TRAIN_FLAGS = [
     "--use-ema",
     "--random-flip",
     "--pairing",
+    "--centre-pairs",
     "--image-weight",
     "--hf-weight",
     "--hfmse-weight",
@@ -60,7 +61,8 @@ def offered(command: str) -> set[str]:
 
 
 def test_the_flags_of_train_are_frozen():
-    negations = {"--no-use-ema", "--no-random-flip", "--no-use_ema", "--no-random_flip"}
+    switches = ("use-ema", "random-flip", "centre-pairs")
+    negations = {f"--no-{name}" for switch in switches for name in (switch, switch.replace("-", "_"))}
     assert offered("train") == {*TRAIN_FLAGS, *("--" + flag[2:].replace("-", "_") for flag in TRAIN_FLAGS), *negations}
 
 

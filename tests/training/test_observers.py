@@ -129,8 +129,8 @@ def test_sheets_show_the_averaged_weights_and_leave_training_alone(models, tmp_p
                 with event.averaged() as network:
                     drawn.append(to_pil(decode(model, sample(model, network, 2, 0, 2))))
 
-        with pytest.raises(InterruptedError):  # a long run, so that its average is not its last weights
-            settings = {"steps": 200, "learning_rate": 1e-2}
+        settings = {"steps": 200, "learning_rate": 1e-2}  # a long run, so that its average is not its last weights
+        with pytest.raises(InterruptedError):
             run(model, adaptation, "domainstudio", observers=[sheets, draw, _stop_at(3)], **settings)
         own, averaged = ([np.asarray(image) for image in images] for images in drawn)
         shown = pictures(folder / "step_000003")

@@ -14,8 +14,9 @@ from domainstudio.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if it succeeded, 1 if a check found errors, 2 with one message for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(with_recipe=argv[:1] == ["train"]).parse_args(argv)
         return args.run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
+    """All commands; the recipe's flags, which take seconds to import, only where they are asked for."""
     parser = _Parser(prog="domainstudio", description="A new image domain from about ten pictures.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -57,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="adapt a source model to a folder of pictures")
     train.add_argument("recipe", nargs="?", type=Path, help="TOML file; flags override it")
-    add_recipe_flags(train)
+    if with_recipe:
+        add_recipe_flags(train)
     _option(train, "--resume-from-checkpoint", metavar="latest|FOLDER", help="continue this run")
     train.set_defaults(run=_train)
 

@@ -77,10 +77,12 @@ def compare_runs(
     """
     if not runs:
         raise UserError("compare needs at least one run folder")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give the report's file name, such as {output / 'report.html'}")
     folders = [RunFolder(run) for run in runs]
     recipes = [folder.recipe() for folder in folders]
     for name in ("pretrained_model_name_or_path", "instance_data_dir"):
-        values = {str(getattr(recipe, name)) for recipe in recipes}
+        values = {_where(getattr(recipe, name)) for recipe in recipes}
         if len(values) > 1:
             raise UserError(
                 f"the runs do not share {name} ({', '.join(sorted(values))}); compare runs of one source and set"
@@ -194,12 +196,24 @@ def _reference(instance_data_dir: str, reference_dir: Path | None, resolution: i
     return heldout_pictures(instance_data_dir, resolution)
 
 
+def _where(name_or_path: str) -> str:
+    """One spelling of a folder; hub names and bundled ones as they are."""
+    path = Path(name_or_path).expanduser()
+    return str(path.resolve()) if path.exists() else name_or_path
+
+
+def _labels(folders: Sequence[RunFolder]) -> list[str]:
+    """The runs' names, or their paths where two runs share a name."""
+    names = [folder.path.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder.path) for folder in folders]
+
+
 def _titles(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> list[str]:
     """The method's name, and the run's where two runs share a method."""
     methods = [recipe.method for recipe in recipes]
     return [
-        METHOD_TITLES[method][0] + (f" ({folder.path.name})" if methods.count(method) > 1 else "")
-        for folder, method in zip(folders, methods, strict=True)
+        METHOD_TITLES[method][0] + (f" ({label})" if methods.count(method) > 1 else "")
+        for label, method in zip(_labels(folders), methods, strict=True)
     ]
 
 
@@ -209,8 +223,8 @@ def _details(folders: Sequence[RunFolder], recipes: Sequence[Recipe], num_images
         "Training pictures": recipes[0].instance_data_dir,
         "Samples": f"{num_images} a model, seed {seed}, {recipes[0].num_inference_steps} denoising steps",
     }
-    for folder, recipe in zip(folders, recipes, strict=True):
-        rows[f"Run {folder.path.name}"] = (
+    for label, recipe in zip(_labels(folders), recipes, strict=True):
+        rows[f"Run {label}"] = (
             f"{recipe.method}, {recipe.adapter}, {recipe.max_train_steps} steps of {recipe.train_batch_size}, "
             f"learning rate {recipe.lr:g}, seed {recipe.seed}"
         )

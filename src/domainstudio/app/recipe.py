@@ -37,6 +37,7 @@ class Recipe(BaseModel):
     use_ema: bool = Field(True, description="average the weights over the last twentieth of the run")
     random_flip: bool = Field(False, description="mirror training pictures at random")
     pairing: Literal["training", "source_samples"] | None = Field(None, description="which pictures form pairs")
+    centre_pairs: bool | None = Field(None, description="compare pairs after taking out the batch's mean picture")
     image_weight: float | None = Field(None, ge=0, description="weight of the pairwise image term")
     hf_weight: float | None = Field(None, ge=0, description="weight of the pairwise high-frequency term")
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
