@@ -58,8 +58,8 @@ ddpm_pa = domainstudio  # arXiv 2211.03264: the unconditional DomainStudio objec
 
 def studio(
     model: DiffusionModel,
-    image_weight: float = 1.0,
-    hf_weight: float = 0.5,
+    image_weight: float = 2.0,
+    hf_weight: float = 1.0,
     hfmse_weight: float = 0.05,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
