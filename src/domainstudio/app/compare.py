@@ -18,7 +18,7 @@ from domainstudio.training.observers import read_metrics
 from domainstudio.training.train import Observer
 
 METHOD_TITLES = {
-    "studio": ("DomainStudio", "our default: the paper's terms, with pairs formed of noised source samples"),
+    "studio": ("DomainStudio", "our default: the paper's terms on centred pairs of noised source samples"),
     "domainstudio": ("DomainStudio, paper", "the paper's objective and pairing, sum form"),
     "domainstudio_released": ("DomainStudio, released code", "the released code's arithmetic"),
     "ddpm_pa": ("DDPM-PA", "the unconditional objective under its first name"),
@@ -120,7 +120,7 @@ def compare_runs(
 def demo(
     output_dir: Path,
     domain: str = "bundled:ink",
-    max_train_steps: int = 200,
+    max_train_steps: int = 300,
     num_images: int = 100,
     observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
     progress: Progress | None = None,
