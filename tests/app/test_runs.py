@@ -119,7 +119,8 @@ def test_sample_draws_so_many_pictures_that_follow_from_the_seed(full_run, tmp_p
         assert sorted(path.name for path in out.iterdir()) == [f"{index:05d}.png" for index in range(count)]
         drawn[name] = list(tree(out).items())
     assert sorted(drawn["a"]) == sorted(drawn["b"])
-    assert set(drawn["fewer"]) < set(drawn["a"])
+    for few, many in zip(pixels(tmp_path / "fewer"), pixels(tmp_path / "a"), strict=False):
+        assert abs(few.astype(int) - many.astype(int)).max() <= 1, "another batch size may round differently"
     assert not set(drawn["a"]) & set(drawn["c"])
 
 

@@ -31,8 +31,8 @@ def slow_distribution(pictures, i):
 
 def slow_divergence(student, source, direction, reduction, centre):
     if centre:
-        student = [picture - sum(student) / len(student) for picture in student]
-        source = [picture - sum(source) / len(source) for picture in source]
+        student, source = ([picture / picture.norm() for picture in side] for side in (student, source))
+        student, source = ([picture - sum(side) / len(side) for picture in side] for side in (student, source))
     if direction == "source_student":
         student, source = source, student
     total, pairs = 0.0, 0
@@ -106,12 +106,20 @@ def test_the_order_of_the_pictures_has_no_effect(direction, reduction, centre):
     assert not torch.isclose(pairwise_divergence(student[order], source, direction, reduction, centre), loss)
 
 
-def test_centring_takes_a_common_picture_out_of_either_side():
+def test_centring_sees_differences_that_a_common_picture_hides():
     student, source = draw(5)
-    loss = pairwise_divergence(student, source, centre=True)
-    for s, r in ((student + 3 * source[:1], source), (student, source - student[:1])):
-        torch.testing.assert_close(pairwise_divergence(s, r, centre=True), loss)
-        assert not torch.isclose(pairwise_divergence(s, r), pairwise_divergence(student, source))
+    common = 100 * source[:1]
+    hidden, seen = (pairwise_divergence(student + common, source + common, centre=centre) for centre in (False, True))
+    assert seen > 1e-2 * pairwise_divergence(student, source)
+    assert seen > 100 * hidden
+
+
+def test_a_picture_of_another_length_changes_nothing():
+    student, source = draw(5)
+    longer = student * torch.tensor([1, 1, 1000, 1, 1]).view(-1, *[1] * (student.ndim - 1))
+    for centre in (False, True):
+        loss = pairwise_divergence(student, source, centre=centre)
+        torch.testing.assert_close(pairwise_divergence(longer, source, centre=centre), loss)
 
 
 @pytest.mark.parametrize(("direction", "reduction", "centre"), OPTIONS)

@@ -122,6 +122,7 @@ def _slow_terms(views, released, centred):
 
     def divergence(one, two):
         if centred:
+            one, two = ([x / x.norm() for x in side] for side in (one, two))
             one, two = ([x - sum(side) / len(side) for x in side] for side in (one, two))
         return _kl(_softmaxes(two), _softmaxes(one)) / 6 if released else _kl(_softmaxes(one), _softmaxes(two))
 

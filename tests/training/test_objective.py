@@ -31,10 +31,10 @@ def test_before_training_source_and_student_agree_and_pairs_cost_nothing(models,
     parts = objective(views)[1]
     assert abs(parts["image"].item()) < 1e-5
     assert abs(parts["hf"].item()) < 1e-5
-    perturb(adaptation, 0.1)
+    perturb(adaptation, 0.5)
     moved = objective(look_at(model, adaptation, objective))[1]
-    assert moved["image"].item() > 1e-5
-    assert moved["hf"].item() > 1e-5
+    for term in ("image", "hf"):
+        assert moved[term].item() > 10 * abs(parts[term].item()), (term, moved[term], parts[term])
 
 
 class Spy:

@@ -34,7 +34,8 @@ def pairwise_divergence(
         direction: which distribution the expectation is over; the paper's is "student_source", the released code's
             the other.
         reduction: "sum" over pictures (the paper); "mean" over the N (N - 1) pairs (the released code).
-        centre: subtract the batch's mean picture of each side first. Un-centred cosines mostly track brightness.
+        centre: scale every picture to length 1, then subtract the batch's mean, on each side. Un-centred cosines mostly
+            track brightness; unscaled, one estimate at high noise (under epsilon a hundred times as long) is the mean.
 
     Raises:
         UserError: if N < 3; with one other picture p_i is 1 and the loss is constant.
@@ -48,12 +49,17 @@ def pairwise_divergence(
             "use a train_batch_size of 3 or more, or a method without pairwise terms (finetune)"
         )
     if centre:
-        student, source = student - student.mean(0, keepdim=True), source - source.mean(0, keepdim=True)
+        student, source = _centred(student), _centred(source)
     p, q = F.log_softmax(pair_logits(student), 1), F.log_softmax(pair_logits(source), 1)
     if direction == "source_student":
         p, q = q, p
     total = (p.exp() * (p - q)).sum()
     return total if reduction == "sum" else total / (n * (n - 1))
+
+
+def _centred(x: Tensor) -> Tensor:
+    unit = F.normalize(x.flatten(1), dim=1)
+    return unit - unit.mean(0, keepdim=True)
 
 
 def mean_pair_similarity(x: Tensor) -> Tensor:
