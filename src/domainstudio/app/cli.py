@@ -48,7 +48,7 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
     demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
     _option(demo, "--output-dir", type=Path, default=Path("demo"))
-    _option(demo, "--max-train-steps", type=_positive, default=300)
+    _option(demo, "--max-train-steps", type=_positive, default=400)
     _option(demo, "--num-images", type=_positive, default=100, help="samples measured of each model")
     demo.set_defaults(run=_demo)
 
