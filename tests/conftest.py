@@ -18,8 +18,10 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image
+from stub_networks import Stub
 
 from domainstudio.data.domain import Domain, load_domain
+from domainstudio.evaluation import features
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 
@@ -116,3 +118,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def domains(pictures: Path) -> Callable[[DiffusionModel], Domain]:
     """The ten pictures at a model's size."""
     return lambda model: load_domain(pictures, model.resolution)
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metric networks that need no weights."""
+    monkeypatch.setattr(features, "load_lpips", lambda backbone: Stub())
+    monkeypatch.setattr(features, "load_inception", Stub)

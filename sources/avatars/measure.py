@@ -6,17 +6,15 @@ writes docs/source-samples.png.
 
 import argparse
 import json
-import subprocess
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
+from domains import render
 from PIL import Image
 from torch import Tensor
 
 from domainstudio.app.runs import draw_from, open_source
-from domainstudio.data.domain import heldout_pictures, to_pil
+from domainstudio.data.domain import heldout_pictures, to_pil, to_tensor
 from domainstudio.evaluation.features import embed, load_inception
 from domainstudio.evaluation.metrics import frechet_distance, kernel_distance
 from domainstudio.models.model import DiffusionModel
@@ -28,11 +26,7 @@ COLUMNS, ROWS, SCALE = 10, 4, 2
 
 def avatars(split: str, count: int) -> Tensor:
     """(count, 3, 64, 64) in [-1, 1]."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pictures.bin"
-        subprocess.run(["node", HERE / "render.mjs", "avatars", str(count), split, path], check=True)
-        pixels = np.fromfile(path, np.uint8).reshape(-1, 64, 64, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.stack([to_tensor(picture, 64) for picture in render("avatars", split, count)])
 
 
 @torch.no_grad()

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from command_line import FAST, domainstudio, metrics, succeeds, tree
 from PIL import Image
-from torch import Tensor, nn
 
 from domainstudio.app import recipe as recipes
 from domainstudio.app.compare import METHOD_TITLES
@@ -22,23 +19,6 @@ from domainstudio.training.methods import METHODS
 
 NUMBERS = ("intra_lpips", "kid", "fid", "copy_rate", "nearest_lpips")
 PROTOCOLS = ("intra_lpips_protocol", "copy_protocol", "kid_protocol", "fid_protocol")
-
-
-class Stub(nn.Module):
-    """Coarse pixels as features."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.3), requires_grad=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images, 4).flatten(1) * self.scale
-
-
-@pytest.fixture
-def stubs(monkeypatch):
-    monkeypatch.setattr(features, "load_lpips", lambda backbone: Stub())
-    monkeypatch.setattr(features, "load_inception", Stub)
 
 
 @pytest.fixture

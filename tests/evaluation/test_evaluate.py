@@ -3,28 +3,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from stub_networks import Stub
 from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import features, metrics
 from domainstudio.evaluation.evaluate import NO_REFERENCE, Evaluation, Evaluator, Protocol
-
-
-class Stub(nn.Module):
-    """Coarse pixels as features: not mirror-blind, different for different pictures."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.3), requires_grad=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images, 4).flatten(1) * self.scale
-
-
-@pytest.fixture
-def stubs(monkeypatch):
-    monkeypatch.setattr(features, "load_lpips", lambda backbone: Stub())
-    monkeypatch.setattr(features, "load_inception", Stub)
 
 
 def pictures(num: int, seed: int) -> Tensor:

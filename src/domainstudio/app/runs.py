@@ -1,6 +1,5 @@
 """Use cases on run folders: train one, sample from one. The folder's layout is known here and nowhere else."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheet
 from domainstudio.training.state import (
     TrainState,
     find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
+    remove_checkpoints_after,
     remove_whole,
     written_whole,
 )
@@ -273,11 +272,7 @@ _MAY_CHANGE = {
 
 def _drop_what_follows(folder: RunFolder, step: int, last: int) -> None:
     """Steps after `step` are done again: checkpoints after it, and the result, are of another future."""
-    for number, path in list_checkpoints(folder.path):
-        if number > step:
-            remove_whole(path)
-    for leftover in folder.path.glob(".checkpoint-*"):  # of a kill in mid-save
-        shutil.rmtree(leftover)
+    remove_checkpoints_after(folder.path, step)
     if step < last:
         remove_whole(folder.pipeline)
 

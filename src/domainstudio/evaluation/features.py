@@ -171,7 +171,8 @@ class Networks:
         self.training, self.px, self.progress = training, px, progress
         self.backbone: Backbone = backbone
         # Small batches: on a CPU, memory that the allocator keeps is a fifth faster than fresh memory for every map.
-        self.batch_size = max(1, (8 if training.device.type == "cpu" else 32) * 64**2 // self.px**2)
+        self.inception_batch_size = 8 if training.is_cpu else 32
+        self.batch_size = max(1, self.inception_batch_size * 64**2 // self.px**2)
 
     @cached_property
     def lpips(self) -> nn.Module:
@@ -236,5 +237,5 @@ class Pictures:
     @cached_property
     def inception(self) -> Tensor:
         """(N, 2048)."""
-        told, batch_size = self.networks.told(f"Inception of the {self.title}"), 8 if self.images.is_cpu else 32
-        return embed(self.networks.inception, self.images, batch_size, progress=told).cpu()[self.index]
+        networks, told = self.networks, self.networks.told(f"Inception of the {self.title}")
+        return embed(networks.inception, self.images, networks.inception_batch_size, progress=told).cpu()[self.index]

@@ -82,6 +82,15 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def remove_checkpoints_after(output_dir: Path, step: int) -> None:
+    """Removes the checkpoints after `step`, and what a kill in mid-save left of any."""
+    for number, path in list_checkpoints(output_dir):
+        if number > step:
+            remove_whole(path)
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+
+
 def find_checkpoint(output_dir: Path, which: str) -> Path | None:
     """The checkpoint that `--resume-from-checkpoint` names: "latest" (None if there is none yet), or a folder.
 
