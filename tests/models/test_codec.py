@@ -4,7 +4,7 @@ from diffusers import VQModel
 
 from domainstudio.models.codec import PixelCodec, VaeCodec
 
-SCALE, SHIFT = 0.5, 0.1  # of conftest's tiny_vae
+SCALE, SHIFT = 0.5, 0.1  # of tiny_models.tiny_vae
 
 
 @pytest.fixture

@@ -2,19 +2,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline
+from tiny_models import KINDS
 
 from domainstudio.models.sample import decode, sample, starting_noise
-
-NAMES = [
-    "pixel_epsilon",
-    "pixel_learned",
-    "pixel_v",
-    "pixel_x0",
-    "pixel_flow",
-    "latent_epsilon",
-    "latent_v",
-    "latent_flow",
-]
 
 
 def test_a_pictures_noise_depends_on_seed_and_its_number_alone():
@@ -24,7 +14,7 @@ def test_a_pictures_noise_depends_on_seed_and_its_number_alone():
     assert len(everything.unique(dim=0)) == 10
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_samples_alike_whatever_the_batch_size(models, name):
     model = models(name)
     whole = sample(model, model.network, 5, seed=3, num_inference_steps=3)

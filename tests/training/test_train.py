@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import KINDS
 from training_kit import Log, adapt, make_images, make_prior, perturb, run
 
 from domainstudio.errors import UserError
@@ -9,16 +10,6 @@ from domainstudio.training.methods import METHODS, build_objective
 from domainstudio.training.objective import Objective, Term
 from domainstudio.training.train import TrainConfig, train
 
-MODELS = [
-    "pixel_epsilon",
-    "pixel_learned",
-    "pixel_v",
-    "pixel_x0",
-    "pixel_flow",
-    "latent_epsilon",
-    "latent_v",
-    "latent_flow",
-]
 both = pytest.mark.parametrize("adapter", ["full", "lora"])
 
 
@@ -37,7 +28,7 @@ def copies(tensors):
     ("name", "method", "adapter"),
     [
         (name, method, ("full", "lora")[(i + j) % 2])  # every pair of model, method and adapter occurs
-        for i, name in enumerate(MODELS)
+        for i, name in enumerate(KINDS)
         for j, method in enumerate(METHODS)
         if method != "ddpm_pa"
     ],
