@@ -207,20 +207,40 @@ def tables(results: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-METHODS = [
-    "finetune @ 50,100,150,200,300",
-    "studio @ 300",
-    "domainstudio @ 150,300",
-    "domainstudio_released @ 150,300",
-]
+WITHOUT_PAIRS = "studio hf_weight=0 image_weight=0"
+STRONGER_PAIRS = "studio hf_weight=0.01 image_weight=0.02"
+PLAN = {
+    "ink": [
+        "finetune @ 300,400",
+        "studio @ 400,500",
+        f"{WITHOUT_PAIRS} @ 400",
+        f"{STRONGER_PAIRS} @ 300,400",
+        "domainstudio @ 400",
+    ],
+    "sunglasses": [
+        "finetune @ 50,75,100",
+        "studio @ 100,125",
+        f"{WITHOUT_PAIRS} @ 100",
+        f"{STRONGER_PAIRS} @ 100,150",
+        "domainstudio @ 100",
+    ],
+    "watercolour": [
+        "finetune @ 50,75",
+        "studio @ 75,100",
+        f"{WITHOUT_PAIRS} @ 100",
+        f"{STRONGER_PAIRS} @ 75,100",
+        "domainstudio @ 100",
+    ],
+}
+"""What is measured where: near styles are learned, and recited, in a quarter of the steps."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--domains", nargs="+", default=["ink", "sunglasses", "watercolour"])
-    parser.add_argument("--methods", nargs="+", default=METHODS, help='such as "studio image_weight=0.05 @ 200,300"')
+    parser.add_argument("--domains", nargs="+", default=list(PLAN), choices=list(PLAN))
+    parser.add_argument("--methods", nargs="+", help='instead of the plan: "studio image_weight=0.1 @ 200,300"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-images", type=int, default=200)
+    parser.add_argument("--num-images", type=int, default=150)
     parser.add_argument("--mixed-precision", default="no")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the tables of what was measured")
@@ -235,7 +255,7 @@ def main() -> None:
                 measure_anchor(domain, anchor, args)
     for seed in args.seeds:
         for domain in args.domains:
-            for text in args.methods:
+            for text in args.methods or PLAN[domain]:
                 method, settings, steps = parse_entry(text)
                 left = [step for step in steps if (domain, name_of(method, settings), seed, step) not in done]
                 if left:

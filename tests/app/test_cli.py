@@ -28,6 +28,7 @@ TRAIN_FLAGS = [
     "--random-flip",
     "--pairing",
     "--centre-pairs",
+    "--high-noise-weight",
     "--image-weight",
     "--hf-weight",
     "--hfmse-weight",

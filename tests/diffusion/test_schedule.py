@@ -47,6 +47,20 @@ def test_discrete_times_are_whole_and_cover_every_step(generator):
     assert counts.max() < 260
 
 
+@pytest.mark.parametrize("schedule", [DiscreteSchedule(torch.linspace(1, 0.1, 1000)), FlowSchedule()])
+@pytest.mark.parametrize("num", [1, 7, 10])
+def test_the_times_of_a_batch_are_spread_evenly_in_random_order(schedule, num, generator):
+    """One in each of `num` equal parts of the range, wherever the parts begin; so their mean hardly varies."""
+    draws = torch.stack([schedule.sample_t(num, generator).double() for _ in range(400)])
+    gaps = draws.sort(1).values.diff(dim=1)
+    assert ((gaps - 1000 / num).abs() <= 1.01).all()
+    if num > 1:
+        first = draws.argmin(1).bincount(minlength=num)
+        assert (first > 0).all(), "no place of the batch is always the least noised"
+    counts = (draws / 250).long().flatten().bincount(minlength=4)
+    assert ((counts - 100 * num).abs() < 60 + 10 * num).all(), "every time is as likely"
+
+
 def test_flow_times_are_uniform_over_the_range(generator):
     t = FlowSchedule().sample_t(2000, generator)
     assert t.shape == (2000,)

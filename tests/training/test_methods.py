@@ -5,9 +5,9 @@ import pytest
 import torch
 from training_kit import adapt, look_at, perturb
 
-from domainstudio.diffusion.prediction import to_x0
+from domainstudio.diffusion.prediction import PREDICTIONS, to_x0
 from domainstudio.errors import UserError
-from domainstudio.training.methods import METHODS, build_objective
+from domainstudio.training.methods import METHODS, build_objective, level_weight
 
 PAIRED = [method for method in METHODS if method != "finetune"]
 
@@ -39,9 +39,10 @@ def test_finetuning_refuses_pairwise_settings(models, setting):
         build_objective("finetune", models("pixel_epsilon"), **setting)
 
 
-def test_the_released_arithmetic_cannot_be_centred(models):
-    with pytest.raises(UserError, match="domainstudio_released has no centre_pairs"):
-        build_objective("domainstudio_released", models("pixel_epsilon"), centre_pairs=True)
+@pytest.mark.parametrize("setting", [{"centre_pairs": True}, {"high_noise_weight": 0.5}])
+def test_the_released_arithmetic_is_what_it_is(models, setting):
+    with pytest.raises(UserError, match=f"domainstudio_released has no {next(iter(setting))}"):
+        build_objective("domainstudio_released", models("pixel_epsilon"), **setting)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,6 +77,22 @@ def test_weight_zero_is_the_term_removed(models, method, removed):
     zero, gone, whole = objective(views)[0], without(views)[0], build_objective(method, model)(views)[0]
     torch.testing.assert_close(zero, gone, rtol=1e-6, atol=0)
     assert zero.item() != whole.item()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_weight_of_a_noise_level(prediction):
+    """It rises from the noisiest level to the cleanest, and 1 leaves L_simple as it is; no level makes it infinite."""
+    sigma = torch.linspace(0, 1, 101).double()
+    alpha = 1 - sigma if prediction == "flow" else (1 - sigma.square()).sqrt()
+    weight = level_weight(prediction, alpha, sigma, 0.1)
+    assert weight.isfinite().all()
+    assert weight[0] == 1
+    assert (weight > 0.09).all()
+    assert (weight <= 1).all()
+    torch.testing.assert_close(level_weight(prediction, alpha, sigma, 1.0), torch.ones_like(sigma), rtol=0, atol=1e-12)
+    if prediction != "epsilon":  # whose own error counts less at high noise
+        assert weight[-1] == pytest.approx(0.1)
+        assert (weight.diff() <= 1e-12).all()
 
 
 def test_all_weights_zero_is_finetuning(models):
@@ -113,15 +130,22 @@ def _kl(ps, qs):
     return sum(p * math.log(p / q) for row, other in zip(ps, qs, strict=True) for p, q in zip(row, other, strict=True))
 
 
-def _slow_terms(views, released, centred):
+def _level_weight(prediction, alpha, sigma):
+    weight = 0.1 + 0.9 * alpha**4 / (alpha**4 + sigma**4)
+    own = {"epsilon": alpha**2, "x0": sigma**2, "v": 1.0, "flow": 1.0}[prediction]
+    return min(1.0, weight / own)
+
+
+def _slow_terms(views, prediction, method):
     """Every term with loops in float64, from what was noised and what the networks said."""
     training, pairs = views.training, views.pairs
     student, source = list(pairs.student_image.detach().double()), list(pairs.source_image.double())
+    released, ours = method == "domainstudio_released", method == "studio"
     if released:
         student, source = student[:3], source[:3]
 
     def divergence(one, two):
-        if centred:
+        if ours:
             one, two = ([x / x.norm() for x in side] for side in (one, two))
             one, two = ([x - sum(side) / len(side) for x in side] for side in (one, two))
         return _kl(_softmaxes(two), _softmaxes(one)) / 6 if released else _kl(_softmaxes(one), _softmaxes(two))
@@ -131,7 +155,10 @@ def _slow_terms(views, released, centred):
         snr = (training.alpha[i].double() / training.sigma[i].double()) ** 2
         weight = 1.0 if released else min(1.0, snr.item())
         hfmse += weight * (_hf(estimate) - _hf(picture.double())).square().mean().item() / len(training.t)
-    simple = (training.student.output.detach().double() - training.target.double()).square().mean().item()
+    errors = (training.student.output.detach().double() - training.target.double()).square().flatten(1).mean(1).tolist()
+    levels = zip(training.alpha.tolist(), training.sigma.tolist(), strict=True)
+    weights = [_level_weight(prediction, alpha, sigma) if ours else 1.0 for alpha, sigma in levels]
+    simple = sum(w * e for w, e in zip(weights, errors, strict=True)) / len(errors)
     hf_student, hf_source = [_hf(x) for x in student], [_hf(x) for x in source]
     return {
         "simple": simple,
@@ -148,6 +175,9 @@ def _slow_terms(views, released, centred):
         ("domainstudio", "latent_flow"),
         ("ddpm_pa", "pixel_v"),
         ("studio", "pixel_v"),
+        ("studio", "pixel_epsilon"),
+        ("studio", "pixel_x0"),
+        ("studio", "latent_flow"),
         ("domainstudio_released", "pixel_x0"),
     ],
 )
@@ -158,7 +188,7 @@ def test_the_loss_is_that_of_slow_loops(models, method, name):
     objective = build_objective(method, model)
     views = look_at(model, adaptation, objective)
     total, parts = objective(views)
-    slow = _slow_terms(views, method == "domainstudio_released", method == "studio")
+    slow = _slow_terms(views, model.prediction, method)
     for term in objective.terms:
         assert parts[term.name].item() == pytest.approx(slow[term.name], rel=1e-3, abs=2e-6), term.name
     assert slow["image"] > 1e-5

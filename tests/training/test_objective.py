@@ -105,20 +105,6 @@ def test_noising(models, name):
     assert views.training.t.unique().numel() == 5
 
 
-@paired
-def test_timesteps_of_pairs_can_be_shared(models, method):
-    model = models("pixel_v")
-    adaptation = adapt(model, "full")
-    objective = build_objective(method, model)
-    alone = look_at(model, adaptation, objective)
-    shared = look_at(model, adaptation, dataclasses.replace(objective, timesteps="shared"))
-    assert alone.pairs.t.unique().numel() > 1
-    assert shared.pairs.t.unique().numel() == 1
-    assert shared.pairs.alpha.unique().numel() == 1
-    if method == "studio":
-        assert torch.equal(shared.training.t, alone.training.t), "training pictures keep times of their own"
-
-
 def test_views_follow_from_the_generator(models):
     model = models("latent_v")
     adaptation = adapt(model, "full")

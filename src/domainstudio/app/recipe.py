@@ -34,10 +34,13 @@ class Recipe(BaseModel):
     lr_warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
-    use_ema: bool = Field(True, description="average the weights over the last twentieth of the run")
+    use_ema: bool = Field(True, description="average the weights over about the last seventh of the run")
     random_flip: bool = Field(False, description="mirror training pictures at random")
     pairing: Literal["training", "source_samples"] | None = Field(None, description="which pictures form pairs")
     centre_pairs: bool | None = Field(None, description="compare pairs after taking out the batch's mean picture")
+    high_noise_weight: float | None = Field(
+        None, ge=0, le=1, description="weight of the denoising error where all is noise; 1 where all is picture"
+    )
     image_weight: float | None = Field(None, ge=0, description="weight of the pairwise image term")
     hf_weight: float | None = Field(None, ge=0, description="weight of the pairwise high-frequency term")
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")

@@ -128,6 +128,7 @@ def train_run(
         model,
         pairing=recipe.pairing,
         centre_pairs=recipe.centre_pairs,
+        high_noise_weight=recipe.high_noise_weight,
         image_weight=recipe.image_weight,
         hf_weight=recipe.hf_weight,
         hfmse_weight=recipe.hfmse_weight,

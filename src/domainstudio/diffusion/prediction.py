@@ -47,12 +47,10 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, si
     return (over(b, x_t) * x_t - over(sigma, x_t) * output) / over(b * alpha - a * sigma, x_t)
 
 
-def x0_gain(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Factor (B,) from an error of the output to the error it causes in x0: |sigma / (b alpha - a sigma)|.
+def v_gain(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Factor (B,) from an error of the output to the error of v it means: 1 / |b alpha - a sigma|.
 
-    sigma / alpha for epsilon (unbounded), 1 for x0, sigma for v, sigma for flow.
+    1 for v (where alpha² + sigma² = 1) and flow, 1 / alpha for epsilon, 1 / sigma for x0 (unbounded).
     """
     a, b = coefficients(prediction, alpha, sigma)
-    if prediction == "x0":
-        return a
-    return (sigma / (b * alpha - a * sigma)).abs()
+    return 1 / (b * alpha - a * sigma).abs()

@@ -15,7 +15,10 @@ class NoiseSchedule(Protocol):
         ...
 
     def sample_t(self, num: int, generator: torch.Generator) -> Tensor:
-        """`num` training times, as the network takes them, on the generator's device."""
+        """`num` training times, as the network takes them, on the generator's device.
+
+        Each is uniform; together they are spread evenly over the range, which makes a batch's loss less noisy.
+        """
         ...
 
 
@@ -35,8 +38,9 @@ class DiscreteSchedule:
         return product.sqrt(), (1 - product).sqrt()
 
     def sample_t(self, num: int, generator: torch.Generator) -> Tensor:
-        """Uniform integers in [0, T)."""
-        return torch.randint(len(self.alphas_cumprod), (num,), generator=generator, device=generator.device)
+        """Integers in [0, T)."""
+        steps = len(self.alphas_cumprod)
+        return (spread_evenly(num, generator) * steps).long().clamp(max=steps - 1)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,18 @@ class FlowSchedule:
         return 1 - sigma, sigma
 
     def sample_t(self, num: int, generator: torch.Generator) -> Tensor:
-        """Uniform in (0, num_train_timesteps)."""
-        return torch.rand(num, generator=generator, device=generator.device) * self.num_train_timesteps
+        """Numbers in [0, num_train_timesteps)."""
+        return spread_evenly(num, generator) * self.num_train_timesteps
+
+
+def spread_evenly(num: int, generator: torch.Generator) -> Tensor:
+    """(num,) in [0, 1), in random order: one uniform offset, and steps of 1 / num from it, around the end.
+
+    Source: Kingma et al. 2021 (arXiv 2107.00630), the low-discrepancy sampler of its appendix.
+    """
+    offset = torch.rand(1, generator=generator, device=generator.device)
+    order = torch.randperm(num, generator=generator, device=generator.device)
+    return (offset + order / num) % 1
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

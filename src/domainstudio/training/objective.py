@@ -63,8 +63,6 @@ class Objective:
     terms: tuple[Term, ...]
     pairing: Pairing = "none"
     """Pairs are formed among noised "training" pictures, or noised "source_samples" drawn once from the source."""
-    timesteps: Literal["independent", "shared"] = "independent"
-    """Whether the pictures of a pair batch share one noise level."""
     space: Literal["model", "pixel"] = "model"
     """Where image terms are computed: the model's own space, or decoded pictures."""
 
@@ -89,10 +87,10 @@ def look(
     """
     clean = x0 if prior is None else torch.cat([x0, prior])
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    t = model.schedule.sample_t(len(clean), generator)
+    t = model.schedule.sample_t(len(x0), generator)
+    if prior is not None:
+        t = torch.cat([t, model.schedule.sample_t(len(prior), generator)])
     pairs_start = 0 if prior is None else len(x0)
-    if objective.timesteps == "shared":
-        t[pairs_start:] = t[pairs_start].clone()
     t = t.to(clean.device)
     alpha, sigma = model.schedule.levels(t)
     x_t = add_noise(clean, noise, alpha, sigma)

@@ -39,8 +39,8 @@ class TrainConfig:
 
     @property
     def ema_decay(self) -> float:
-        """Averages over about the last twentieth of the run: a fixed 0.9999 would keep a short run at its source."""
-        return min(0.9999, 1 - 1 / max(1.0, 0.05 * self.max_train_steps))
+        """Averages over about the last 15 % of the run: a fixed 0.9999 would keep a short run at its source."""
+        return min(0.9999, 1 - 1 / max(1.0, 0.15 * self.max_train_steps))
 
 
 @dataclass(frozen=True)
