@@ -48,7 +48,8 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
     demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
     _option(demo, "--output-dir", type=Path, default=Path("demo"))
-    _option(demo, "--max-train-steps", type=_positive, default=400)
+    steps = "100 for a near style, 500 for a far one (default: %(default)s)"
+    _option(demo, "--max-train-steps", type=_positive, default=500, help=steps)
     _option(demo, "--num-images", type=_positive, default=100, help="samples measured of each model")
     demo.set_defaults(run=_demo)
 

@@ -120,7 +120,7 @@ def compare_runs(
 def demo(
     output_dir: Path,
     domain: str = "bundled:ink",
-    max_train_steps: int = 400,
+    max_train_steps: int = 500,
     num_images: int = 100,
     observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
     progress: Progress | None = None,
