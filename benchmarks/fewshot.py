@@ -212,6 +212,7 @@ STRONGER_PAIRS = "studio hf_weight=0.01 image_weight=0.02"
 PLAN = {
     "ink": [
         "finetune @ 300,400",
+        "finetune @ 500",
         "studio @ 400,500",
         f"{WITHOUT_PAIRS} @ 400",
         f"{STRONGER_PAIRS} @ 300,400",
@@ -219,6 +220,8 @@ PLAN = {
     ],
     "sunglasses": [
         "finetune @ 50,75,100",
+        "studio @ 90",
+        "studio @ 95",
         "studio @ 100,125",
         f"{WITHOUT_PAIRS} @ 100",
         f"{STRONGER_PAIRS} @ 100,150",
@@ -226,13 +229,14 @@ PLAN = {
     ],
     "watercolour": [
         "finetune @ 50,75",
+        "studio @ 90",
         "studio @ 75,100",
         f"{WITHOUT_PAIRS} @ 100",
         f"{STRONGER_PAIRS} @ 75,100",
         "domainstudio @ 100",
     ],
 }
-"""What is measured where: near styles are learned, and recited, in a quarter of the steps."""
+"""What is measured where (near styles are learned, and recited, in a quarter of the steps); an entry is a run of its own."""
 
 
 def main() -> None:
