@@ -236,7 +236,7 @@ PLAN = {
         "domainstudio @ 100",
     ],
 }
-"""What is measured where; an entry is a run of its own. Near styles are learned, and recited, in a quarter of the steps."""
+"""What is measured where. An entry is a run of its own. Near styles take a quarter of the steps."""
 
 
 def main() -> None:
