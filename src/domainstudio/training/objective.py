@@ -85,11 +85,10 @@ def look(
 
     The source sees only what pairs are formed of. `generator` is on the CPU, so a seed means the same on every device.
     """
-    clean = x0 if prior is None else torch.cat([x0, prior])
+    batches = (x0,) if prior is None else (x0, prior)
+    clean = torch.cat(batches)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    t = model.schedule.sample_t(len(x0), generator)
-    if prior is not None:
-        t = torch.cat([t, model.schedule.sample_t(len(prior), generator)])
+    t = torch.cat([model.schedule.sample_t(len(batch), generator) for batch in batches])
     pairs_start = 0 if prior is None else len(x0)
     t = t.to(clean.device)
     alpha, sigma = model.schedule.levels(t)
