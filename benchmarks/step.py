@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from domainstudio.app.runs import open_source
+from domainstudio.app.materials import open_source
 from domainstudio.data.domain import load_domain
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
 from domainstudio.models.sample import starting_noise

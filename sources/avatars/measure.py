@@ -13,7 +13,8 @@ from domains import render
 from PIL import Image
 from torch import Tensor
 
-from domainstudio.app.runs import draw_from, open_source
+from domainstudio.app.draw import draw_from
+from domainstudio.app.materials import open_source
 from domainstudio.data.domain import heldout_pictures, to_pil, to_tensor
 from domainstudio.evaluation.features import embed, load_inception
 from domainstudio.evaluation.metrics import frechet_distance, kernel_distance

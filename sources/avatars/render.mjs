@@ -1,4 +1,5 @@
 // Renders DiceBear pictures as raw RGB: node render.mjs SET COUNT SPLIT OUT.bin [PIXELS]
+// With PIXELS 0 it writes what is in each picture instead (hair, clothes, colours, ...), as a line of JSON.
 // A picture depends on its set, split and index alone, so splits never share a seed and a re-run is identical.
 import { createAvatar } from '@dicebear/core';
 import * as styles from '@dicebear/collection';
@@ -51,6 +52,7 @@ const SETS = {
   adventurer: ['adventurer', PLAIN],
   bigSmile: ['bigSmile', PLAIN],
   dylan: ['dylan', PLAIN],
+  robots: ['bottts', { ...PLAIN, scale: 90 }],
   micah: ['micah', PLAIN],
   notionists: ['notionists', { backgroundColor: ['ffffff', ...PASTELS] }],
   openPeeps: ['openPeeps', PLAIN],
@@ -66,7 +68,12 @@ if (!(set in SETS) || !path) {
 const [style, options, filter] = SETS[set];
 const out = createWriteStream(path);
 for (let index = 0; index < Number(count); index++) {
-  let svg = createAvatar(styles[style], { seed: `${set}/${split}/${index}`, ...options }).toString();
+  const picture = createAvatar(styles[style], { seed: `${set}/${split}/${index}`, ...options });
+  if (pixels === '0') {
+    if (!out.write(JSON.stringify(picture.toJson().extra) + '\n')) await once(out, 'drain');
+    continue;
+  }
+  let svg = picture.toString();
   if (filter) svg = filter(svg, index);
   // Rendered at twice the size and averaged 2x2: one antialiased resize, the same for every set.
   const size = 2 * Number(pixels);

@@ -11,7 +11,7 @@ from domainstudio.app.cli import main
 
 FAST: dict[str, Any] = {
     **{"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "train_batch_size": 3},
-    **{"num_prior_images": 4, "pair_batch_size": 3, "num_validation_images": 2, "num_inference_steps": 2},
+    **{"num_class_images": 4, "pair_batch_size": 3, "num_validation_images": 2, "num_inference_steps": 2},
 }
 """Settings of a run that takes a moment."""
 

@@ -101,7 +101,7 @@ def test_all_problems_are_told_at_once(write):
     ("settings", "told"),
     [
         ({"method": "domainstudio", "train_batch_size": 2}, "train_batch_size=2"),
-        ({"pair_batch_size": 20, "num_prior_images": 10}, "pair_batch_size=20"),
+        ({"pair_batch_size": 20, "num_class_images": 10}, "pair_batch_size=20"),
         ({"learning_rate": float("nan")}, "finite"),
         ({"learning_rate": 0}, "learning_rate = 0"),
     ],
@@ -136,8 +136,8 @@ def test_settings_without_effect_are_warned_of():
     (warning,) = Recipe(instance_data_dir="x", rank=4).warnings()
     assert "rank" in warning
     assert Recipe(instance_data_dir="x", rank=4, adapter="lora").warnings() == []
-    warned = " ".join(Recipe(instance_data_dir="x", method="finetune", num_prior_images=20).warnings())
-    assert "num_prior_images" in warned
+    warned = " ".join(Recipe(instance_data_dir="x", method="finetune", num_class_images=20).warnings())
+    assert "num_class_images" in warned
 
 
 def test_a_recipe_cannot_be_changed():

@@ -7,7 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from domainstudio.errors import UserError
-from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation, read_lora, save_lora
+from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
+from domainstudio.models.lora_files import read_lora, save_lora
 
 FAMILIES = ["pixel_dropout", "latent_epsilon"]
 both = pytest.mark.parametrize("adapter", ["full", "lora"])
@@ -214,9 +215,9 @@ def test_saved_loras_come_back_with_their_metadata(models, tmp_path):
     adaptation = adapt(models("latent_epsilon").network, "lora")
     train_a_little(adaptation, 4)
     path = tmp_path / "lora.safetensors"
-    save_lora(adaptation, path, rank=4, lora_alpha=8.0)
+    save_lora(adaptation, path)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt", "rank": "4", "lora_alpha": "8.0"}
+        assert file.metadata() == {"format": "pt", "rank": "4", "lora_alpha": "4.0"}
     tensors, state = read_lora(path), adaptation.state()
     assert set(tensors) == set(state)
     assert all(torch.equal(tensors[n], state[n]) for n in state)

@@ -8,9 +8,9 @@ from domainstudio.models.sample import decode, sample, starting_noise
 
 
 def test_a_pictures_noise_depends_on_seed_and_its_number_alone():
-    few, many = starting_noise((3, 4, 4), 2, seed=7), starting_noise((3, 4, 4), 5, seed=7)
+    few, many = starting_noise((3, 4, 4), range(2), seed=7), starting_noise((3, 4, 4), range(5), seed=7)
     assert torch.equal(few, many[:2])
-    everything = torch.cat([many, starting_noise((3, 4, 4), 5, seed=8)]).flatten(1)
+    everything = torch.cat([many, starting_noise((3, 4, 4), range(5), seed=8)]).flatten(1)
     assert len(everything.unique(dim=0)) == 10
 
 
@@ -71,13 +71,13 @@ def test_a_flow_follows_the_straight_line_of_a_constant_velocity(models):
             return type("Output", (), {"sample": torch.full_like(x, 0.25)})
 
     drawn = sample(model, Constant(1, 1), 2, num_inference_steps=7)
-    torch.testing.assert_close(drawn, starting_noise(model.sample_shape, 2, 0) - 0.25)
+    torch.testing.assert_close(drawn, starting_noise(model.sample_shape, range(2), 0) - 0.25)
 
 
 @pytest.mark.parametrize("name", ["pixel_v", "latent_v"])
 def test_decoded_pictures_are_clamped_and_in_order(models, name):
     model = models(name)
-    x0 = starting_noise(model.sample_shape, 3, 0) * 5
+    x0 = starting_noise(model.sample_shape, range(3), 0) * 5
     pictures = decode(model, x0, batch_size=2)
     assert pictures.shape == (3, 3, model.resolution, model.resolution)
     assert not pictures.requires_grad

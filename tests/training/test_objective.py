@@ -82,7 +82,7 @@ def test_without_pairs_the_source_is_never_asked(models):
     spy = Spy(adapt(model, "full"))
     views = look_at(model, spy, build_objective("finetune", model))
     assert spy.source_saw == []
-    assert views.training.source_image is None
+    assert views.training.source is None
     assert views.pairs is views.training
 
 
@@ -96,7 +96,7 @@ def test_noising(models, name):
         for given, own in zip(model.schedule.levels(view.t), (view.alpha, view.sigma), strict=True):
             assert torch.equal(given, own)
         noises.append((view.x_t.double() - alpha * view.x0.double()) / sigma)
-    assert torch.equal(views.pairs.x0, make_prior(model))
+    assert torch.equal(views.pairs.x0, make_prior(model).x0)
     noise = torch.cat(noises)
     assert len(noise) == 11
     assert abs(noise.mean().item()) < 0.06

@@ -6,7 +6,7 @@ from torch import Tensor
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training.methods import build_objective
-from domainstudio.training.objective import Views, look
+from domainstudio.training.objective import Batch, Views, look
 from domainstudio.training.train import TrainConfig, Training, train
 
 
@@ -30,8 +30,8 @@ def make_images(model: DiffusionModel, num: int = 6) -> Tensor:
     return blocks.repeat_interleave(model.resolution // 8, 2).repeat_interleave(model.resolution // 8, 3)
 
 
-def make_prior(model: DiffusionModel, num: int = 6) -> Tensor:
-    return torch.randn(num, *model.sample_shape, generator=torch.Generator().manual_seed(2)) * 0.5
+def make_prior(model: DiffusionModel, num: int = 6) -> Batch:
+    return Batch(torch.randn(num, *model.sample_shape, generator=torch.Generator().manual_seed(2)) * 0.5)
 
 
 def look_at(model, adaptation, objective, num: int = 5, seed: int = 0) -> Views:
@@ -39,7 +39,7 @@ def look_at(model, adaptation, objective, num: int = 5, seed: int = 0) -> Views:
     generator = torch.Generator().manual_seed(seed)
     x0 = model.codec.draw(model.codec.encode(make_images(model, num)), generator)
     prior = make_prior(model) if objective.pairing == "source_samples" else None
-    return look(model, adaptation, objective, x0, prior, generator)
+    return look(model, adaptation, objective, Batch(x0), prior, generator)
 
 
 class Log:
@@ -66,4 +66,4 @@ def run(model, adaptation, objective="finetune", steps=2, observers=(), resume=N
     prior = make_prior(model) if objective.pairing == "source_samples" else None
     defaults = {"train_batch_size": 4, "learning_rate": 1e-3, "pair_batch_size": 4}
     config = TrainConfig(max_train_steps=steps, **{**defaults, **settings})
-    return train(model, adaptation, make_images(model), objective, config, prior, observers, resume)
+    return train(model, adaptation, make_images(model), objective, config, prior, observers=observers, resume=resume)

@@ -70,7 +70,22 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     _option(sample, "--num-images", type=_positive, default=16)
     _option(sample, "--seed", type=int, default=0)
     _option(sample, "--output-dir", type=Path, required=True)
+    text = sample.add_argument_group("text-to-image models")
+    text.add_argument("--prompt", help="what to draw; {a|b} draws one of a and b (default: the run's own)")
+    _option(text, "--negative-prompt", help="what to be led away from")
+    _option(text, "--guidance-scale", type=float, default=None, help="classifier-free guidance (default: the run's)")
+    strength = "pushes further away from what the source draws of --source-prompt (default: %(default)s)"
+    _option(text, "--style-strength", type=float, default=0.0, help=strength)
+    _option(text, "--source-prompt", help="--prompt without its style (default: the run's class prompt)")
     sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="write a run's result in a format that other tools read")
+    export.add_argument("target", type=Path, metavar="RUN")
+    kinds = "LoRA for diffusers; LoRA for ComfyUI and A1111; or a whole pipeline folder"
+    export.add_argument("--format", choices=["diffusers", "kohya", "merged"], default="diffusers", help=kinds)
+    export.add_argument("--output", type=Path, required=True, help="FILE.safetensors, or a new folder (merged)")
+    export.add_argument("--metadata", action=argparse.BooleanOptionalAction, default=True, help="in a kohya file")
+    export.set_defaults(run=_export)
 
     evaluate = commands.add_parser("evaluate", help="measure a run, or a folder of pictures made by anything")
     evaluate.add_argument("target", type=Path, metavar="RUN|FOLDER")
@@ -87,7 +102,7 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def _option(parser: argparse.ArgumentParser, flag: str, **settings: Any) -> None:
+def _option(parser: argparse._ActionsContainer, flag: str, **settings: Any) -> None:
     """A flag that is also understood with underscores, as the diffusers examples spell theirs."""
     parser.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **settings)
 
@@ -196,11 +211,19 @@ def _train(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     from domainstudio.app.console import Console
-    from domainstudio.app.runs import sample_run
+    from domainstudio.app.draw import Ask, sample_run
 
+    ask = Ask(args.prompt, args.negative_prompt, args.guidance_scale, args.style_strength, args.source_prompt)
     with Console() as console:
-        folder = sample_run(args.target, args.num_images, args.seed, args.output_dir, console.part("sampling"))
+        drawing = console.part("sampling")
+        folder = sample_run(args.target, args.num_images, args.seed, args.output_dir, drawing, ask)
     print(folder.resolve())
+
+
+def _export(args: argparse.Namespace) -> None:
+    from domainstudio.app.export import export_run
+
+    print(export_run(args.target, args.format, args.output, args.metadata).resolve())
 
 
 def _evaluate(args: argparse.Namespace) -> None:

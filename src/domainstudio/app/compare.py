@@ -6,22 +6,25 @@ from pathlib import Path
 
 from torch import Tensor
 
+from domainstudio.app.draw import draw_from, draw_pictures, source_guidance
+from domainstudio.app.folder import RunFolder
+from domainstudio.app.materials import open_domain, open_source
 from domainstudio.app.recipe import Recipe, build_recipe
-from domainstudio.app.runs import RunFolder, draw_from, draw_pictures, open_domain, open_source, train_run
+from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
 from domainstudio.errors import UserError
 from domainstudio.evaluation.entry import ReportEntry
 from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
 from domainstudio.evaluation.report import write_report
-from domainstudio.models.load import load_model
 from domainstudio.training.observers import read_metrics
 from domainstudio.training.train import Observer
 
 METHOD_TITLES = {
-    "studio": ("DomainStudio", "our default: the paper's terms on centred pairs of noised source samples"),
+    "studio": ("DomainStudio", "our default: centred pairs of noised source samples, little weight on high noise"),
     "domainstudio": ("DomainStudio, paper", "the paper's objective and pairing, sum form"),
     "domainstudio_released": ("DomainStudio, released code", "the released code's arithmetic"),
     "ddpm_pa": ("DDPM-PA", "the unconditional objective under its first name"),
+    "dreambooth": ("DreamBooth", "the denoising loss and prior preservation"),
     "finetune": ("Plain fine-tuning", "the denoising loss alone"),
 }
 Progress = Callable[[str, int, int], None]
@@ -95,7 +98,14 @@ def compare_runs(
     reference = _reference(recipe.instance_data_dir, reference_dir, source.resolution)
     evaluator = Evaluator(training, reference, protocol or Protocol(), progress)
 
-    pictures = draw_from(source, num_images, seed, recipe.num_inference_steps, _part(progress, "sampling the source"))
+    pictures = draw_from(
+        source,
+        num_images,
+        seed,
+        recipe.num_inference_steps,
+        _part(progress, "sampling the source"),
+        None if source.condition is None else source_guidance(recipe, num_images),
+    )
     entries = [_entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")]
     for folder, run_recipe, title in zip(folders, recipes, _titles(folders, recipes), strict=True):
         entries.append(_run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress))
@@ -168,9 +178,7 @@ def _run_entry(
     seed: int,
     progress: Progress | None,
 ) -> ReportEntry:
-    model = load_model(folder.finished())
-    drawing = _part(progress, f"sampling {title}")
-    pictures = draw_from(model, num_images, seed, recipe.num_inference_steps, drawing)
+    pictures = draw_pictures(folder.path, num_images, seed, _part(progress, f"sampling {title}"))
     note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {recipe.max_train_steps} steps"
     entry = _entry(title, note, pictures, evaluator.evaluate(pictures), "result")
     sheets = sorted(folder.samples.glob("step_*"))

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from domainstudio.data.captions import CaptionSource
 from domainstudio.errors import UserError
-from domainstudio.training.methods import Method, Space
-from domainstudio.training.objective import Pairing
-from domainstudio.training.train import MixedPrecision
+from domainstudio.models.adaptation import LoraLayers
+from domainstudio.training.methods import Method
+from domainstudio.training.objective import Pairing, Space
+from domainstudio.training.train import MixedPrecision, OptimizerName
 
 
 class Recipe(BaseModel):
@@ -24,13 +26,35 @@ class Recipe(BaseModel):
     )
     instance_data_dir: str = Field(description="folder of training pictures, or bundled:NAME")
     output_dir: str = Field("runs/latest", description="run folder")
+    instance_prompt: str | None = Field(
+        None,
+        description="what the training pictures are, such as 'a portrait in sks style'; {caption} stands for the "
+        "picture's caption (text models)",
+    )
+    class_prompt: str | None = Field(None, description="the same without its style or subject, such as 'a portrait'")
+    prior_prompt: str | None = Field(
+        None, description="what source samples are drawn of; {a|b} draws one of a and b; default: class_prompt"
+    )
+    captions: CaptionSource = Field(
+        "none", description="captions from files (NAME.txt, NAME.caption, metadata.jsonl) or the folder's name"
+    )
+    subject_data_dir: str | None = Field(None, description="pictures of a subject to learn beside the style")
+    subject_prompt: str | None = Field(None, description="what they are, such as 'a [V] dog'")
+    subject_class_prompt: str | None = Field(None, description="the same without the subject; default: class_prompt")
+    train_text_encoder: bool = Field(False, description="adapt the text encoder too")
     method: Method = Field("studio", description="objective")
     adapter: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
     rank: int = Field(16, ge=1, description="LoRA rank")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale is lora_alpha / rank; default: rank")
+    lora_layers: LoraLayers | None = Field(
+        None, description="layers with an adapter; default: attention (text models), all (others)"
+    )
     max_train_steps: int = Field(100, ge=1, description="optimiser steps: 100 for a near style, 500 for a far one")
     train_batch_size: int = Field(10, ge=1, description="training pictures a step")
-    learning_rate: float | None = Field(None, gt=0, description="default: 1e-4 full, 1e-3 LoRA")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step; pairs are formed within each")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")
+    optimizer: OptimizerName = Field("adamw", description="adamw8bit and prodigy need domainstudio[optimizers]")
+    learning_rate: float | None = Field(None, gt=0, description="default: 1e-4 full, 1e-3 LoRA, 1 Prodigy")
     lr_warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
@@ -41,12 +65,21 @@ class Recipe(BaseModel):
     high_noise_weight: float | None = Field(
         None, ge=0, le=1, description="weight of the denoising error where all is noise; 1 where all is picture"
     )
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting of the denoising error, usually 5")
+    noise_offset: float = Field(0.0, ge=0, description="constant added to each channel's noise, usually 0.05")
+    erase_steps: int = Field(
+        0, ge=0, description="first steps that take out of instance_prompt what its identifier meant before"
+    )
+    with_prior_preservation: bool | None = Field(
+        None, description="keep what class_prompt draws (text models); default: all methods but finetune do"
+    )
+    prior_loss_weight: float | None = Field(None, ge=0, description="weight of that term")
     image_weight: float | None = Field(None, ge=0, description="weight of the pairwise image term")
     hf_weight: float | None = Field(None, ge=0, description="weight of the pairwise high-frequency term")
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
-    space: Space | None = Field(None, description="image terms in the model's space or in decoded pixels")
-    num_prior_images: int = Field(100, ge=3, description="source samples drawn once, for pairing source_samples")
-    pair_batch_size: int = Field(10, ge=3, description="source samples a step, for pairing source_samples")
+    space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
+    num_class_images: int = Field(100, ge=3, description="source samples drawn once, where the method looks at any")
+    pair_batch_size: int = Field(10, ge=3, description="source samples a step, where the method looks at any")
     resolution: int | None = Field(None, ge=8, description="side of the pictures; default and only choice: the model's")
     seed: int = Field(0, ge=0, description="seed of everything random")
     mixed_precision: MixedPrecision = Field("no", description="no, bf16 or fp16")
@@ -54,6 +87,11 @@ class Recipe(BaseModel):
     checkpoints_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     validation_steps: int = Field(50, ge=1, description="steps between sample sheets")
     num_validation_images: int = Field(16, ge=1, description="pictures a sample sheet")
+    validation_prompt: str | None = Field(
+        None, description="prompt of previews and measurements; {a|b} draws; default: instance_prompt"
+    )
+    negative_prompt: str = Field("", description="what previews and measurements are led away from")
+    guidance_scale: float = Field(7.5, ge=1, description="classifier-free guidance when sampling; 1 is none")
     num_inference_steps: int = Field(25, ge=1, description="denoising steps when sampling")
 
     @model_validator(mode="after")
@@ -63,16 +101,22 @@ class Recipe(BaseModel):
                 f"train_batch_size={self.train_batch_size}, but method {self.method} compares each picture with "
                 "at least two others; use 3 or more"
             )
-        if self.pair_batch_size > self.num_prior_images:
+        if self.pair_batch_size > self.num_class_images:
             raise ValueError(
-                f"pair_batch_size={self.pair_batch_size} is more than num_prior_images={self.num_prior_images}"
+                f"pair_batch_size={self.pair_batch_size} is more than num_class_images={self.num_class_images}"
+            )
+        if (self.subject_data_dir is None) != (self.subject_prompt is None):
+            raise ValueError("subject_data_dir and subject_prompt go together; give both or neither")
+        if self.erase_steps >= self.max_train_steps:
+            raise ValueError(
+                f"erase_steps={self.erase_steps} leaves none of max_train_steps={self.max_train_steps} to learn in"
             )
         return self
 
     @property
     def pairs(self) -> Pairing:
         """What pairs are formed of: `pairing`, or the method's own choice where it is not given."""
-        if self.method == "finetune":
+        if self.method in ("finetune", "dreambooth"):
             return "none"
         return self.pairing or ("source_samples" if self.method == "studio" else "training")
 
@@ -84,16 +128,22 @@ class Recipe(BaseModel):
     @property
     def lr(self) -> float:
         """learning_rate, or the adapter's default."""
-        return self.learning_rate or {"full": 1e-4, "lora": 1e-3}[self.adapter]
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if self.optimizer == "prodigy" else {"full": 1e-4, "lora": 1e-3}[self.adapter]
+
+    def text_settings(self) -> list[str]:
+        """Those given that only a text-to-image model has a use for."""
+        return [name for name in _TEXT_SETTINGS if getattr(self, name) != Recipe.model_fields[name].default]
 
     def warnings(self) -> list[str]:
         """Settings that differ from their default and have no effect."""
         given = {name for name, field in Recipe.model_fields.items() if getattr(self, name) != field.default}
         unused = []
         if self.adapter == "full":
-            unused += [(name, "adapter is full") for name in ("rank", "lora_alpha") if name in given]
-        if self.pairs != "source_samples":
-            names = ("num_prior_images", "pair_batch_size")
+            unused += [(name, "adapter is full") for name in ("rank", "lora_alpha", "lora_layers") if name in given]
+        if self.pairs != "source_samples" and self.instance_prompt is None:
+            names = ("num_class_images", "pair_batch_size")
             unused += [(name, "pairs are not formed of source samples") for name in names if name in given]
         return [f"{name} has no effect: {why}" for name, why in unused]
 
@@ -101,6 +151,13 @@ class Recipe(BaseModel):
         """TOML that `read_recipe` reads back to an equal recipe; unset settings are left out."""
         lines = [f"{name} = {_toml_value(value)}" for name, value in self.model_dump().items() if value is not None]
         return "\n".join(lines) + "\n"
+
+
+_TEXT_SETTINGS = (
+    *("instance_prompt", "class_prompt", "prior_prompt", "captions", "train_text_encoder", "erase_steps"),
+    *("subject_data_dir", "subject_prompt", "subject_class_prompt"),
+    *("with_prior_preservation", "prior_loss_weight", "validation_prompt", "negative_prompt", "guidance_scale"),
+)
 
 
 def _toml_value(value: object) -> str:

@@ -3,19 +3,17 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from domainstudio.errors import UserError
 
-LORA_FILE = "lora.safetensors"
+LoraLayers = Literal["all", "attention"]
 
 
 class Adaptation(Protocol):
@@ -81,16 +79,17 @@ class LoraAdaptation:
     Source: Hu et al. 2021 (arXiv 2106.09685): W + (lora_alpha / rank) B A.
     """
 
-    def __init__(self, network: nn.Module, rank: int, lora_alpha: float, seed: int):
-        targets = [
-            name for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and name != "conv_out"
-        ]
+    def __init__(self, network: nn.Module, rank: int, lora_alpha: float, seed: int, layers: LoraLayers = "all"):
+        self.rank, self.lora_alpha = rank, lora_alpha
+        targets = lora_targets(network, layers)
         network.requires_grad_(False)
         devices = [p.device for p in network.parameters() if p.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
             self.network = inject_adapter_in_model(config, network)
+            for parameter in self.parameters():
+                parameter.data = parameter.data.float()  # of a network in half precision, too
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
 
     @contextmanager
@@ -140,12 +139,13 @@ class LoraAdaptation:
         return plain
 
 
-def save_lora(adaptation: LoraAdaptation, path: Path, rank: int, lora_alpha: float) -> None:
-    """Writes the adapters as safetensors, with rank and alpha in the metadata."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in adaptation.state().items()}
-    save_file(tensors, path, metadata={"format": "pt", "rank": str(rank), "lora_alpha": str(lora_alpha)})
+def lora_targets(network: nn.Module, layers: LoraLayers) -> list[str]:
+    """Names of the layers that get an adapter: of a text encoder, the projections of its attention."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
+    def wanted(name: str) -> bool:
+        if name.startswith("text_encoder."):
+            return ".self_attn." in name
+        return not name.endswith("conv_out") and (layers == "all" or ".attentions." in name)
 
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The tensors `save_lora` wrote."""
-    return load_file(path)
+    return [name for name in names if wanted(name)]

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Codec(Protocol):
@@ -46,6 +47,8 @@ class VaeCodec:
         self.vae: Any = vae.requires_grad_(False).eval()
         self.scale = float(self.vae.config.get("scaling_factor") or 1.0)
         self.shift = float(self.vae.config.get("shift_factor") or 0.0)
+        self.checkpointing = False
+        """Whether gradients through `decode` compute its activations twice instead of keeping them."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -64,4 +67,7 @@ class VaeCodec:
 
     def decode(self, x0: Tensor) -> Tensor:
         """Pictures, about [-1, 1], not clamped."""
-        return self.vae.decode(x0 / self.scale + self.shift).sample
+        latents = x0 / self.scale + self.shift
+        if self.checkpointing and latents.requires_grad:
+            return checkpoint(lambda z: self.vae.decode(z).sample, latents, use_reentrant=False)
+        return self.vae.decode(latents).sample

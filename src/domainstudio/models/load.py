@@ -1,46 +1,56 @@
-"""Opens a diffusers pipeline folder, hub name or `bundled:NAME` as a DiffusionModel."""
+"""Opens a diffusers pipeline folder, hub name or single file as a DiffusionModel."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from torch import nn
 
 from domainstudio.diffusion.prediction import Prediction
 from domainstudio.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
 from domainstudio.errors import UserError
 from domainstudio.models.codec import Codec, PixelCodec, VaeCodec
+from domainstudio.models.condition import TextCondition
 from domainstudio.models.model import DiffusionModel
+from domainstudio.models.quiet import quiet
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
 def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> DiffusionModel:
-    """The model at a pipeline folder or hub name, in float32 and eval mode.
+    """The model at a pipeline folder, hub name or single file, in float32 and eval mode.
 
-    Taken: pipelines whose denoiser is a `UNet2DModel` (DDPM, DDIM: pixels) or a VAE and a `UNet2DModel` (LDM: latents),
-    with a DDPM-like scheduler (epsilon, v or sample prediction) or a flow-matching one.
+    Taken: unconditional pipelines, whose denoiser is a `UNet2DModel` (DDPM, DDIM: pixels) or a VAE and a `UNet2DModel`
+    (LDM: latents), with a DDPM-like scheduler (epsilon, v or sample prediction) or a flow-matching one; and
+    `StableDiffusionPipeline` (1.x, 2.x; epsilon and v), also as one .safetensors or .ckpt file.
 
     Raises:
         UserError: if there is no such pipeline, or it is of another kind.
     """
-    pipeline = _open_pipeline(str(name_or_path)).to(device)
+    name = str(name_or_path)
+    pipeline: Any = (_open_file if Path(name).is_file() else _open_pipeline)(name).to(device)
     network = getattr(pipeline, "unet", None)
-    if not isinstance(network, UNet2DModel):
+    if type(pipeline).__name__ != "StableDiffusionPipeline" and not isinstance(network, UNet2DModel):
         raise UserError(
-            f"{name_or_path} is a {type(pipeline).__name__}; this version adapts unconditional pipelines, whose `unet` "
-            "is a UNet2DModel (DDPMPipeline, DDIMPipeline, LDMPipeline)"
+            f"{name} is a {type(pipeline).__name__}; taken are text-to-image pipelines of Stable Diffusion 1.x and 2.x "
+            "(StableDiffusionPipeline) and unconditional ones, whose `unet` is a UNet2DModel (DDPMPipeline, "
+            "DDIMPipeline, LDMPipeline)"
         )
+    assert isinstance(network, nn.Module)
     network.requires_grad_(False).eval()
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
     codec: Codec = VaeCodec(vae) if vae is not None else PixelCodec()
-    schedule, prediction, learned_variance = _read_scheduler(pipeline.scheduler, network, str(name_or_path))
+    text_encoder = getattr(pipeline, "text_encoder", None)
+    schedule, prediction, learned_variance = _read_scheduler(pipeline.scheduler, network, name)
     config: Any = network.config
     side, channels = config.sample_size, config.in_channels
     if not isinstance(side, int):
-        raise UserError(f"{name_or_path}: unet sample_size is {side}; a single number is needed, for square pictures")
+        raise UserError(f"{name}: unet sample_size is {side}; a single number is needed, for square pictures")
     factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
     return DiffusionModel(
         pipeline=pipeline,
@@ -48,35 +58,56 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
         schedule=schedule,
         prediction=prediction,
         codec=codec,
+        condition=None if text_encoder is None else TextCondition(pipeline.tokenizer, text_encoder),
         learned_variance=learned_variance,
         resolution=side * factor,
         sample_shape=(channels, side, side),
     )
 
 
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Writes an ordinary diffusers pipeline folder."""
+    with quiet():
+        pipeline.save_pretrained(folder)
+
+
 def _open_pipeline(name: str) -> DiffusionPipeline:
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise UserError(f"{name} is not a diffusers pipeline folder: it has no model_index.json")
-    # diffusers logs a type mismatch for an AutoencoderKL in LDMPipeline's `vqvae` slot, which its code accepts.
-    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    bars = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
+    hint = "Give a pipeline folder, a hub name, a .safetensors file, or a bundled model such as bundled:avatars"
+    with _opening(name, hint):
+        # The safety checker is as large as the model and looks at no picture that is only trained on.
+        index: Any = DiffusionPipeline.load_config(name)
+        without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+        return DiffusionPipeline.from_pretrained(name, dtype=torch.float32, **without)
+
+
+def _open_file(name: str) -> DiffusionPipeline:
+    """A checkpoint in one file, as ComfyUI and A1111 keep them; pickles (.ckpt) are read as weights alone."""
+    if Path(name).suffix not in (".safetensors", ".ckpt"):
+        raise UserError(f"{name} is not a model: give a pipeline folder, or a .safetensors or .ckpt file")
+    hint = (
+        "Taken are Stable Diffusion 1.x and 2.x; their configuration comes from the hub or its cache. Offline, give a "
+        "pipeline folder instead"
+    )
+    with _opening(name, hint):
+        from diffusers import StableDiffusionPipeline
+
+        without = {"safety_checker": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline.from_single_file(name, torch_dtype=torch.float32, **without)
+
+
+@contextmanager
+def _opening(name: str, hint: str) -> Iterator[None]:
+    """One clear error if what is inside fails."""
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: a class missing or unknown
-        raise UserError(
-            f"could not load a diffusers pipeline from {name!r}: {error}. Give a pipeline folder, a hub name, or a "
-            "bundled model such as bundled:avatars"
-        ) from error
-    finally:
-        logger.setLevel(level)
-        if bars:
-            diffusers_logging.enable_progress_bar()
+        with quiet():
+            yield
+    except (OSError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError) as error:
+        raise UserError(f"could not load a diffusers pipeline from {name!r}: {error}. {hint}") from error
 
 
-def _read_scheduler(scheduler: Any, network: UNet2DModel, name: str) -> tuple[NoiseSchedule, Prediction, bool]:
+def _read_scheduler(scheduler: Any, network: nn.Module, name: str) -> tuple[NoiseSchedule, Prediction, bool]:
     config: Any = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return FlowSchedule(config.num_train_timesteps), "flow", False

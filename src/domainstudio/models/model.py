@@ -1,13 +1,17 @@
 """A diffusion model as the training loop sees it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from domainstudio.diffusion.prediction import Prediction, to_x0
 from domainstudio.diffusion.schedule import NoiseSchedule
-from domainstudio.models.codec import Codec
+from domainstudio.errors import UserError
+from domainstudio.models.codec import Codec, VaeCodec
+from domainstudio.models.condition import Condition, TextCondition, TextDenoiser, TokenCondition
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,12 @@ class Estimate:
     variance: Tensor | None
     """The variance half of a learned-variance network's output, about [-1, 1]."""
 
+    def split(self, sizes: list[int]) -> "list[Estimate]":
+        """Of consecutive parts of the batch."""
+        variances = [None] * len(sizes) if self.variance is None else self.variance.split(sizes)
+        parts = zip(self.output.split(sizes), self.x0.split(sizes), variances, strict=True)
+        return [Estimate(*part) for part in parts]
+
 
 @dataclass(frozen=True)
 class DiffusionModel:
@@ -29,15 +39,45 @@ class DiffusionModel:
     schedule: NoiseSchedule
     prediction: Prediction
     codec: Codec
+    condition: Condition | None
+    """None for unconditional models."""
     learned_variance: bool
     resolution: int
     """Side of the pictures in pixels."""
     sample_shape: tuple[int, int, int]
     """(C, h, w) of model space."""
 
-    def estimate(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Estimate:
-        """Runs `network` on x_t (B, C, h, w) at times t (B,)."""
-        output, variance = network(x_t, t).sample, None
+    def with_text_encoder(self) -> "DiffusionModel":
+        """The same model with its text encoder within the network, so that it is adapted too.
+
+        Raises:
+            UserError: if it has none.
+        """
+        if not isinstance(self.condition, TextCondition):
+            raise UserError("train_text_encoder needs a text-to-image model; this one is unconditional")
+        device = next(self.network.parameters()).device
+        network = TextDenoiser(self.network, self.condition.text_encoder)
+        return replace(self, network=network, condition=TokenCondition(self.condition.tokenizer, device))
+
+    def checkpoint_gradients(self) -> None:
+        """From now on, training passes keep few activations and compute them again in the backward pass."""
+        parts: list[Any] = [self.network]
+        if isinstance(self.network, TextDenoiser):
+            parts = [self.network.unet, self.network.text_encoder]
+        # In diffusers, in transformers, and in transformers before version 5.
+        names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        for part in parts:
+            next(getattr(part, name) for name in names if hasattr(part, name))()
+        if isinstance(self.codec, VaeCodec):
+            self.codec.checkpointing = True
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
+        """What `estimate` is to be told of pictures with these prompts, (N, ...); None for unconditional models."""
+        return None if self.condition is None else self.condition.encode(prompts)
+
+    def estimate(self, network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None = None) -> Estimate:
+        """Runs `network` on x_t (B, C, h, w) at times t (B,), told what `encode_prompts` gave, (B, ...)."""
+        output, variance = network(x_t, t, told).sample, None
         if self.learned_variance:
             output, variance = output.chunk(2, dim=1)
         alpha, sigma = self.schedule.levels(t)

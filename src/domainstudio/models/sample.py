@@ -1,20 +1,57 @@
 """Sampling with diffusers' schedulers: the same seed gives the same pictures, whatever the batch size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from domainstudio.errors import UserError
 from domainstudio.models.load import fast_scheduler
 from domainstudio.models.model import DiffusionModel
 
 Progress = Callable[[int, int], None]
 
 
-def starting_noise(shape: tuple[int, ...], num_images: int, seed: int) -> Tensor:
-    """(num_images, *shape) standard normal on the CPU; picture i depends on (seed, i) alone."""
-    generators = (torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(num_images))
+def starting_noise(shape: tuple[int, ...], pictures: Sequence[int], seed: int) -> Tensor:
+    """(len(pictures), *shape) standard normal on the CPU; picture i depends on (seed, i) alone."""
+    generators = (torch.Generator().manual_seed(seed * 1_000_003 + i) for i in pictures)
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+@dataclass(frozen=True)
+class TextGuidance:
+    """How a text-to-image model is told what to draw."""
+
+    prompts: Sequence[str]
+    """One for all pictures, or one a picture."""
+    scale: float = 7.5
+    """Classifier-free guidance: empty + scale (prompt - empty), of the network's outputs; 1 is the prompt alone."""
+    negative_prompt: str = ""
+    """Stands in for the empty prompt."""
+    style: "StyleGuidance | None" = None
+
+    def prompts_of(self, num_images: int) -> list[str]:
+        """One prompt a picture.
+
+        Raises:
+            UserError: if there are more than one, but not as many as pictures.
+        """
+        if len(self.prompts) not in (1, num_images):
+            raise UserError(f"{len(self.prompts)} prompts for {num_images} pictures; give one, or one a picture")
+        return list(self.prompts) * (1 if len(self.prompts) == num_images else num_images)
+
+
+@dataclass(frozen=True)
+class StyleGuidance:
+    """Pushes further away from what the source draws: output + strength (output - the source's), each with its prompt.
+
+    Source: DomainGallery (NeurIPS 2024), where it carries a style to categories that the training pictures lack.
+    """
+
+    source: nn.Module
+    source_prompts: Sequence[str]
+    strength: float
 
 
 @torch.no_grad()
@@ -26,29 +63,67 @@ def sample(
     num_inference_steps: int = 25,
     batch_size: int = 32,
     progress: Progress | None = None,
+    guidance: TextGuidance | None = None,
 ) -> Tensor:
     """Draws clean pictures in model space with `network`, deterministically (DDIM with eta 0, or Euler for flows).
 
+    Args:
+        guidance: needed by text-to-image models, and by them alone.
+
     Returns:
         (num_images, C, h, w) on the CPU.
+
+    Raises:
+        UserError: if `guidance` is missing or of no use, or its prompts cannot be used.
     """
-    device, was_training = next(network.parameters()).device, network.training
+    if (guidance is None) != (model.condition is None):
+        raise UserError("a text-to-image model needs a prompt" if guidance is None else "this model takes no prompts")
+    first, was_training = next(network.parameters()), network.training
+    device = first.device
     network.eval()
     parts = []
-    for noise in starting_noise(model.sample_shape, num_images, seed).split(batch_size):
+    for rows in torch.arange(num_images).split(batch_size):
         scheduler = fast_scheduler(model)
         scheduler.set_timesteps(num_inference_steps, device=device)
+        predict = _predictor(model, network, guidance, num_images, rows.tolist())
+        noise = starting_noise(model.sample_shape, rows.tolist(), seed)
         x = noise.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
-            output = network(x, t.expand(len(x))).sample
-            if model.learned_variance:
-                output = output.chunk(2, dim=1)[0]
-            x = scheduler.step(output, t, x).prev_sample
+            with torch.autocast(device.type, first.dtype, enabled=first.dtype != torch.float32):
+                output = predict(x, t.expand(len(x)))
+            x = scheduler.step(output.float(), t, x).prev_sample
         parts.append(x.cpu())
         if progress:
             progress(sum(map(len, parts)), num_images)
     network.train(was_training)
     return torch.cat(parts)
+
+
+def _predictor(
+    model: DiffusionModel, network: nn.Module, guidance: TextGuidance | None, num_images: int, rows: list[int]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The guided output of `network` for the pictures `rows`, as a function of x_t and t."""
+    if guidance is None:
+        return lambda x, t: model.estimate(network, x, t).output
+
+    def told(prompts: list[str]) -> Tensor | None:
+        return model.encode_prompts([prompts[row] for row in rows])
+
+    prompts, style = told(guidance.prompts_of(num_images)), guidance.style
+    empty = told([guidance.negative_prompt] * num_images) if guidance.scale != 1 else None
+    source_prompts = told(replace(guidance, prompts=style.source_prompts).prompts_of(num_images)) if style else None
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        output = model.estimate(network, x, t, prompts).output
+        guided = output
+        if empty is not None:
+            without = model.estimate(network, x, t, empty).output
+            guided = without + guidance.scale * (output - without)
+        if style is not None:
+            guided = guided + style.strength * (output - model.estimate(style.source, x, t, source_prompts).output)
+        return guided
+
+    return predict
 
 
 @torch.no_grad()

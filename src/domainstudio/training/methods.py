@@ -14,16 +14,32 @@ from domainstudio.losses.pairwise import pairwise_divergence
 from domainstudio.losses.reconstruction import high_frequency_error, simple_loss
 from domainstudio.models.codec import PixelCodec
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training.objective import Objective, Pairing, Term, Views
+from domainstudio.training.objective import Objective, Pairing, PriorTarget, Space, Term, View, Views
 
-Method = Literal["studio", "finetune", "ddpm_pa", "domainstudio", "domainstudio_released"]
+Method = Literal["studio", "finetune", "dreambooth", "ddpm_pa", "domainstudio", "domainstudio_released"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Space = Literal["model", "pixel"]
 
 
-def finetune(model: DiffusionModel) -> Objective:
+def finetune(model: DiffusionModel, snr_gamma: float | None = None) -> Objective:
     """Plain fine-tuning: L_simple, and L_vlb for learned-variance models."""
-    return Objective(_denoising_terms(model))
+    return Objective(_denoising_terms(model, snr_gamma=snr_gamma))
+
+
+def dreambooth(
+    model: DiffusionModel,
+    with_prior_preservation: bool = True,
+    prior_loss_weight: float = 1.0,
+    snr_gamma: float | None = None,
+) -> Objective:
+    """DreamBooth (Ruiz et al. 2023, arXiv 2208.12242): L_simple with the target prompt, and L_pr.
+
+    L_pr is L_simple on source samples with the source prompt.
+    """
+    _needs_text(model, "dreambooth")
+    terms = _denoising_terms(model, snr_gamma=snr_gamma)
+    if not with_prior_preservation:
+        return Objective(terms)
+    return Objective((*terms, Term("prior", prior_loss_weight, _prior_error)), prior="picture")
 
 
 def domainstudio(
@@ -34,9 +50,16 @@ def domainstudio(
     pairing: Pairing = "training",
     centre_pairs: bool = False,
     high_noise_weight: float = 1.0,
-    space: Space = "model",
+    snr_gamma: float | None = None,
+    space: Space | None = None,
+    with_prior_preservation: bool | None = None,
+    prior_loss_weight: float = 1.0,
+    prior_target: PriorTarget = "picture",
 ) -> Objective:
     """The paper's objective in its sum form, with weights from the middle of its ranges (0.1-1, 0.1-1, 0.01-0.08).
+
+    For text-to-image models the student is told the target prompt, the source the source prompt; image terms are
+    computed on decoded pictures and L_pr is added, unless `space` and `with_prior_preservation` say otherwise.
 
     L_hfmse is weighted by min(1, SNR), so that the same weight serves epsilon, v, x0 and flow models.
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
@@ -48,12 +71,22 @@ def domainstudio(
         return pairwise_divergence(student, source, centre=centre_pairs)
 
     terms = (
-        *_denoising_terms(model, high_noise_weight),
-        Term("image", image_weight, lambda v: divergence(v.pairs.student_image, _source(v))),
-        Term("hf", hf_weight, lambda v: divergence(high_frequency(v.pairs.student_image), high_frequency(_source(v)))),
+        *_denoising_terms(model, high_noise_weight, snr_gamma),
+        Term("image", image_weight, lambda v: divergence(v.pairs.student_image, v.pairs.source_image)),
+        Term("hf", hf_weight, lambda v: divergence(*_high_frequencies(v.pairs))),
         Term("hfmse", hfmse_weight, _weighted_hfmse),
     )
-    return Objective(terms, pairing=pairing, space=space)
+    text = model.condition is not None
+    preserves = text if with_prior_preservation is None else with_prior_preservation
+    if preserves:
+        _needs_text(model, "with_prior_preservation")
+        terms += (Term("prior", prior_loss_weight, _prior_error),)
+    return Objective(
+        terms,
+        pairing=pairing,
+        prior=prior_target if preserves else "none",
+        space=space or ("pixel" if text else "model"),
+    )
 
 
 ddpm_pa = domainstudio  # arXiv 2211.03264: the unconditional DomainStudio objective under its first name
@@ -67,13 +100,46 @@ def studio(
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
     high_noise_weight: float = 0.1,
-    space: Space = "model",
+    snr_gamma: float | None = None,
+    space: Space | None = "model",
+    with_prior_preservation: bool | None = None,
+    prior_loss_weight: float = 1.0,
+    prior_target: PriorTarget = "source",
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise.
 
-    docs/decisions.md says why.
+    Of a text-to-image model's source samples the student is told the target prompt for the pairs, and once more the
+    source prompt, with which it is to say what the source model says. docs/decisions.md says why.
     """
-    return domainstudio(model, image_weight, hf_weight, hfmse_weight, pairing, centre_pairs, high_noise_weight, space)
+    return domainstudio(
+        model,
+        image_weight=image_weight,
+        hf_weight=hf_weight,
+        hfmse_weight=hfmse_weight,
+        pairing=pairing,
+        centre_pairs=centre_pairs,
+        high_noise_weight=high_noise_weight,
+        snr_gamma=snr_gamma,
+        space=space,
+        with_prior_preservation=with_prior_preservation,
+        prior_loss_weight=prior_loss_weight,
+        prior_target=prior_target,
+    )
+
+
+def erase_identifier(model: DiffusionModel) -> Objective:
+    """Takes out of a target prompt what its identifier meant before: with it, the student is to say what the source
+    says with the source prompt, on noised source samples.
+
+    Source: DomainGallery (NeurIPS 2024), prior attribute erasure.
+    """
+    _needs_text(model, "erase_steps")
+
+    def difference(views: Views) -> Tensor:
+        assert views.pairs.source is not None
+        return simple_loss(views.pairs.student.output, views.pairs.source.output).mean()
+
+    return Objective((Term("erase", 1.0, difference),), pairing="source_samples")
 
 
 def domainstudio_released(
@@ -84,15 +150,20 @@ def domainstudio_released(
     pairing: Pairing = "training",
     space: Space = "model",
 ) -> Objective:
-    """The released code's arithmetic: reversed KL, mean over pairs, the first three pictures, no weight over t."""
+    """The released code's arithmetic: reversed KL, mean over pairs, the first three pictures, no weight over t.
+
+    Its unconditional part; the text-to-image one never calls the source (docs/deviations.md).
+    """
+    if model.condition is not None:
+        raise UserError("method domainstudio_released is for unconditional models; use domainstudio or studio")
 
     def first_three(student: Tensor, source: Tensor) -> Tensor:
         return pairwise_divergence(student[:3], source[:3], "source_student", "mean")
 
     terms = (
         *_denoising_terms(model),
-        Term("image", image_weight, lambda v: first_three(v.pairs.student_image, _source(v))),
-        Term("hf", hf_weight, lambda v: first_three(high_frequency(v.pairs.student_image), high_frequency(_source(v)))),
+        Term("image", image_weight, lambda v: first_three(v.pairs.student_image, v.pairs.source_image)),
+        Term("hf", hf_weight, lambda v: first_three(*_high_frequencies(v.pairs))),
         Term("hfmse", hfmse_weight, lambda v: high_frequency_error(v.training.student_image, v.training.image).mean()),
     )
     return Objective(terms, pairing=pairing, space=space)
@@ -107,6 +178,7 @@ def build_objective(method: Method, model: DiffusionModel, **settings) -> Object
     builders: dict[str, Callable[..., Objective]] = {
         "studio": studio,
         "finetune": finetune,
+        "dreambooth": dreambooth,
         "ddpm_pa": ddpm_pa,
         "domainstudio": domainstudio,
         "domainstudio_released": domainstudio_released,
@@ -132,10 +204,30 @@ def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_nois
     return (weight * v_gain(prediction, alpha, sigma).square()).clamp(max=1)
 
 
-def _denoising_terms(model: DiffusionModel, high_noise_weight: float = 1.0) -> tuple[Term, ...]:
+def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gamma: float) -> Tensor:
+    """L_simple's weight under min-SNR-gamma, (B,): min(SNR, gamma) times the error of x0 that the output's error means.
+
+    Source: Hang et al. 2023 (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
+    """
+    snr = (alpha / sigma).square()
+    return snr.clamp(max=snr_gamma) * (sigma * v_gain(prediction, alpha, sigma)).square()
+
+
+def _denoising_terms(
+    model: DiffusionModel, high_noise_weight: float = 1.0, snr_gamma: float | None = None
+) -> tuple[Term, ...]:
+    if snr_gamma is not None and high_noise_weight != 1:
+        raise UserError(
+            f"snr_gamma={snr_gamma:g} and high_noise_weight={high_noise_weight:g} both weight noise levels; "
+            "give one of them (high_noise_weight 1 is none)"
+        )
+
     def weighted_simple(views: Views) -> Tensor:
         view = views.training
-        weight = level_weight(model.prediction, view.alpha, view.sigma, high_noise_weight)
+        if snr_gamma is None:
+            weight = level_weight(model.prediction, view.alpha, view.sigma, high_noise_weight)
+        else:
+            weight = min_snr_weight(model.prediction, view.alpha, view.sigma, snr_gamma)
         return (weight * simple_loss(view.student.output, view.target)).mean()
 
     simple = Term("simple", 1.0, weighted_simple)
@@ -154,9 +246,20 @@ def _denoising_terms(model: DiffusionModel, high_noise_weight: float = 1.0) -> t
     return simple, Term("vlb", 0.001 * len(alphas_cumprod), bound)
 
 
-def _source(views: Views) -> Tensor:
-    assert views.pairs.source_image is not None, "pairwise terms need a pairing"
-    return views.pairs.source_image
+def _prior_error(views: Views) -> Tensor:
+    """L_pr: the student with the source prompt, held to the source's output where that is known, else the pictures."""
+    view = views.prior
+    assert view is not None
+    return simple_loss(view.student.output, view.target if view.source is None else view.source.output).mean()
+
+
+def _needs_text(model: DiffusionModel, what: str) -> None:
+    if model.condition is None:
+        raise UserError(f"{what} needs a text-to-image model; this one is unconditional")
+
+
+def _high_frequencies(view: View) -> tuple[Tensor, Tensor]:
+    return high_frequency(view.student_image), high_frequency(view.source_image)
 
 
 def _weighted_hfmse(views: Views) -> Tensor:

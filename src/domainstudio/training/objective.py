@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domainstudio.diffusion.prediction import target
 from domainstudio.diffusion.schedule import add_noise
@@ -13,6 +14,28 @@ from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel, Estimate
 
 Pairing = Literal["none", "training", "source_samples"]
+Space = Literal["model", "pixel", "crop"]
+PriorTarget = Literal["picture", "source"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What text models are told of each picture, (N, ...) as `DiffusionModel.encode_prompts` gives it; or None."""
+
+    student: Tensor | None = None
+    source: Tensor | None = None
+
+    def __getitem__(self, rows: list[int] | Tensor) -> "Prompts":
+        """Those of some of the pictures."""
+        return Prompts(*(None if part is None else part[rows] for part in (self.student, self.source)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean pictures in model space, (B, C, h, w), with their prompts."""
+
+    x0: Tensor
+    prompts: Prompts = Prompts()
 
 
 @dataclass(frozen=True)
@@ -26,12 +49,25 @@ class View:
     sigma: Tensor
     target: Tensor
     student: Estimate
-    image: Tensor
-    """The clean picture in the objective's space."""
-    student_image: Tensor
-    """The student's clean estimate in the objective's space."""
-    source_image: Tensor | None
-    """The source's clean estimate in the objective's space; None where no term asks for it."""
+    source: Estimate | None
+    """None where no term asks for it."""
+    to_space: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def image(self) -> Tensor:
+        """The clean picture in the objective's space."""
+        return self.to_space(self.x0)
+
+    @cached_property
+    def student_image(self) -> Tensor:
+        """The student's clean estimate in the objective's space."""
+        return self.to_space(self.student.x0)
+
+    @cached_property
+    def source_image(self) -> Tensor:
+        """The source's clean estimate in the objective's space."""
+        assert self.source is not None, "the objective does not ask for the source here"
+        return self.to_space(self.source.x0)
 
     @property
     def snr_weight(self) -> Tensor:
@@ -41,10 +77,14 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """The training pictures, and the pictures whose pairs are compared (the same ones in the paper)."""
+    """What the terms compare."""
 
     training: View
+    """The training pictures; the student is told the target prompt."""
     pairs: View
+    """The pictures whose pairs are compared: the training pictures (in the paper), or noised source samples."""
+    prior: View | None
+    """Noised source samples of which the student is told the source prompt, too; None where no term asks for it."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +103,20 @@ class Objective:
     terms: tuple[Term, ...]
     pairing: Pairing = "none"
     """Pairs are formed among noised "training" pictures, or noised "source_samples" drawn once from the source."""
-    space: Literal["model", "pixel"] = "model"
-    """Where image terms are computed: the model's own space, or decoded pictures."""
+    prior: PriorTarget | Literal["none"] = "none"
+    """What a term holds the student to on source samples with the source prompt: the pictures, or the source model."""
+    space: Space = "model"
+    """Where image terms are computed: the model's own space, decoded pictures, or a decoded crop of them."""
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether a term looks at the frozen source."""
+        return self.pairing != "none" or self.prior == "source"
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether a term looks at source samples."""
+        return self.pairing == "source_samples" or self.prior != "none"
 
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted total, and each term's unweighted value, detached."""
@@ -77,51 +129,89 @@ def look(
     model: DiffusionModel,
     adaptation: Adaptation,
     objective: Objective,
-    x0: Tensor,
-    prior: Tensor | None,
+    training: Batch,
+    prior: Batch | None,
     generator: torch.Generator,
+    noise_offset: float = 0.0,
 ) -> Views:
-    """Noises training pictures `x0` (B, C, h, w) and, if given, source samples `prior`; one student pass over both.
+    """Noises training pictures and, if given, source samples; one student pass over all that the objective asks for.
 
-    The source sees only what pairs are formed of. `generator` is on the CPU, so a seed means the same on every device.
+    Source samples are noised once, whatever they are shown for. `generator` is on the CPU, so a seed means the same on
+    every device. `noise_offset` adds a constant of that size to each channel's noise.
     """
-    batches = (x0,) if prior is None else (x0, prior)
-    clean = torch.cat(batches)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    t = torch.cat([model.schedule.sample_t(len(batch), generator) for batch in batches])
-    pairs_start = 0 if prior is None else len(x0)
-    t = t.to(clean.device)
+    batches = (training,) if prior is None else (training, prior)
+    clean = torch.cat([batch.x0 for batch in batches])
+    noise = torch.randn(clean.shape, generator=generator)
+    t = torch.cat([model.schedule.sample_t(len(batch.x0), generator) for batch in batches]).to(clean.device)
+    if noise_offset:
+        noise += noise_offset * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
+    noise = noise.to(clean)
     alpha, sigma = model.schedule.levels(t)
     x_t = add_noise(clean, noise, alpha, sigma)
-
-    source_x0 = None
-    if objective.pairing != "none":
-        with adaptation.source() as source:
-            source_x0 = model.estimate(source, x_t[pairs_start:], t[pairs_start:]).x0
-    student = model.estimate(adaptation.network, x_t, t)
     wanted = target(model.prediction, clean, noise, alpha, sigma)
+    to_space = _into(objective.space, model, generator)
 
-    def to_space(x: Tensor) -> Tensor:
-        return model.codec.decode(x).to(x) if objective.space == "pixel" else x
+    rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
 
-    def view(rows: slice, source: Tensor | None) -> View:
-        variance = None if student.variance is None else student.variance[rows]
-        estimate = Estimate(student.output[rows], student.x0[rows], variance)
-        return View(
-            clean[rows],
-            x_t[rows],
-            t[rows],
-            alpha[rows],
-            sigma[rows],
-            wanted[rows],
-            estimate,
-            to_space(clean[rows]),
-            to_space(estimate.x0),
-            None if source is None else to_space(source),
+    def estimates(network: nn.Module, asked: list[tuple[str, Tensor | None]]) -> list[Estimate]:
+        """One pass over all that is asked: sets of pictures, each with its prompts."""
+        parts = [rows[name] for name, _ in asked]
+        prompts = [prompts for _, prompts in asked if prompts is not None]
+        joined = model.estimate(
+            network,
+            torch.cat([x_t[part] for part in parts]),
+            torch.cat([t[part] for part in parts]),
+            torch.cat(prompts) if prompts else None,
         )
+        return joined.split([len(clean[part]) for part in parts])
 
-    training = view(slice(len(x0)), source_x0 if prior is None else None)
-    return Views(training, training if prior is None else view(slice(pairs_start, None), source_x0))
+    def view(name: str, student: Estimate, source: Estimate | None) -> View:
+        part = rows[name]
+        return View(clean[part], x_t[part], t[part], alpha[part], sigma[part], wanted[part], student, source, to_space)
+
+    of_source: dict[str, Estimate] = {}
+    if objective.needs_source:
+        asked = [("training", training.prompts.source)] if objective.pairing == "training" else []
+        if prior is not None and (objective.pairing == "source_samples" or objective.prior == "source"):
+            asked.append(("prior", prior.prompts.source))
+        with adaptation.source() as network:
+            of_source = dict(zip((name for name, _ in asked), estimates(network, asked), strict=True))
+
+    asked = [("training", training.prompts.student)]
+    if prior is not None and objective.pairing == "source_samples":
+        asked.append(("prior", prior.prompts.student))
+    if prior is not None and objective.prior != "none":
+        asked.append(("prior", prior.prompts.source))
+    views = [
+        view(name, student, of_source.get(name))
+        for (name, _), student in zip(asked, estimates(adaptation.network, asked), strict=True)
+    ]
+    pairs = views[1] if objective.pairing == "source_samples" else views[0]
+    return Views(views[0], pairs, views[-1] if objective.prior != "none" else None)
+
+
+def _into(space: Space, model: DiffusionModel, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """From model space to where image terms are computed; one crop a step, a quarter of the side (at least 4)."""
+    if space == "model":
+        return lambda x: x
+    window: Any = None
+    if space == "crop":
+        _, *sides = model.sample_shape
+        lengths = [max(min(4, side), side // 4) for side in sides]
+        starts = [
+            int(torch.randint(side - length + 1, (), generator=generator))
+            for side, length in zip(sides, lengths, strict=True)
+        ]
+        window = (..., *(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)))
+    device = next(model.network.parameters()).device.type
+    # Terms are computed outside of autocast, where the decoder would fall back to full precision.
+    precision = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+
+    def decode(x: Tensor) -> Tensor:
+        with torch.autocast(device, **precision):
+            return model.codec.decode(x if window is None else x[window]).to(x)
+
+    return decode
 
 
 def unweighted(parts: Mapping[str, Tensor]) -> dict[str, float]:

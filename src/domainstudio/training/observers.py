@@ -7,7 +7,7 @@ import torch
 
 from domainstudio.data.domain import to_pil
 from domainstudio.models.model import DiffusionModel
-from domainstudio.models.sample import decode, sample
+from domainstudio.models.sample import TextGuidance, decode, sample
 from domainstudio.training.state import save_checkpoint, written_whole
 from domainstudio.training.train import StepEvent
 
@@ -55,10 +55,11 @@ class SampleSheets:
         last: int,
         seed: int,
         num_inference_steps: int,
+        guidance: TextGuidance | None = None,
     ):
         self.folder, self.model = folder, model
         self.num_images, self.every, self.last = num_images, every, last
-        self.seed, self.num_inference_steps = seed, num_inference_steps
+        self.seed, self.num_inference_steps, self.guidance = seed, num_inference_steps, guidance
 
     def __call__(self, event: StepEvent) -> None:
         """Samples with the averaged weights when a sheet is due."""
@@ -67,7 +68,14 @@ class SampleSheets:
         if not due or (not event.metrics and folder.exists()):
             return
         with event.averaged() as network:
-            x0 = sample(self.model, network, self.num_images, self.seed, self.num_inference_steps)
+            x0 = sample(
+                self.model,
+                network,
+                self.num_images,
+                self.seed,
+                self.num_inference_steps,
+                guidance=self.guidance,
+            )
         images = decode(self.model, x0, next(network.parameters()).device)
         with written_whole(folder) as sheet:
             for index, image in enumerate(to_pil(images)):

@@ -1,10 +1,11 @@
 """The loop: one for pixels and latents, full fine-tuning and LoRA, every method and parameterisation."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +15,12 @@ from domainstudio.data.batches import batch_indices, step_generator
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training.objective import Objective, look, unweighted
+from domainstudio.training.methods import erase_identifier
+from domainstudio.training.objective import Batch, Objective, Prompts, look, unweighted
 from domainstudio.training.state import TrainState
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,15 @@ class TrainConfig:
     use_ema: bool = True
     random_flip: bool = False
     pair_batch_size: int = 10
-    """Source samples a step, where pairs are formed of them."""
+    """Source samples a step, where the objective looks at them."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged before a step. Pairs are formed within each batch, so pairwise terms mean
+    what they mean without accumulation."""
+    optimizer: OptimizerName = "adamw"
+    erase_steps: int = 0
+    """Of the first steps, how many take out of the target prompt what its identifier meant (`erase_identifier`)."""
+    noise_offset: float = 0.0
+    """Size of a constant added to each channel's noise, which lets a model change a picture's overall brightness."""
     mixed_precision: MixedPrecision = "no"
     seed: int = 0
 
@@ -63,8 +74,7 @@ class Training:
     def __init__(self, adaptation: Adaptation, config: TrainConfig, accelerator: Accelerator):
         self.adaptation, self.config, self.accelerator = adaptation, config, accelerator
         self.parameters = adaptation.parameters()
-        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.optimizer = accelerator.prepare_optimizer(_build_optimizer(self.parameters, config))
         self.average = [p.detach().clone() for p in self.parameters] if config.use_ema else []
         self.step = 0
 
@@ -94,11 +104,13 @@ class Training:
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
 
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one batch."""
+        self.accelerator.backward(loss)
+
     @torch.no_grad()
-    def update(self, loss: Tensor) -> float:
+    def update(self) -> float:
         """One optimiser step; returns the gradient norm before clipping."""
-        with torch.enable_grad():
-            self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         assert norm is not None
         warmup = min(1.0, (self.step + 1) / max(1, self.config.lr_warmup_steps))
@@ -135,7 +147,8 @@ def train(
     images: Tensor,
     objective: Objective,
     config: TrainConfig,
-    prior: Tensor | None = None,
+    prior: Batch | None = None,
+    prompts: Prompts | None = None,
     observers: Sequence[Observer] = (),
     resume: TrainState | None = None,
     accelerator: Accelerator | None = None,
@@ -146,22 +159,38 @@ def train(
 
     Args:
         images: (N, 3, H, W) in [-1, 1], the training pictures.
-        prior: (M, C, h, w) source samples in model space; needed for pairing "source_samples".
+        prior: M source samples in model space with their prompts, where the objective looks at such.
+        prompts: of the training pictures, where the model takes any.
         observers: called before the first step and after every one.
 
     Raises:
         UserError: if the loss stops being finite, or the objective needs source samples and has none.
     """
-    if (objective.pairing == "source_samples") != (prior is not None):
-        raise UserError(
-            f"pairing {objective.pairing!r} and source samples {'given' if prior is not None else 'missing'}"
-        )
+    erasing = erase_identifier(model) if config.erase_steps else None
+    if (objective.needs_prior or erasing is not None) != (prior is not None):
+        given = "given" if prior is not None else "missing"
+        raise UserError(f"pairing {objective.pairing!r}, prior {objective.prior!r}, and source samples {given}")
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
     run = Training(adaptation, config, accelerator)
     if resume is not None:
         run.load(resume)
     encoded = model.codec.encode(images.to(accelerator.device))
     mirrored = model.codec.encode(images.flip(-1).to(accelerator.device)) if config.random_flip else encoded
+
+    def training_batch(index: int, generator: torch.Generator) -> Batch:
+        rows = batch_indices(len(images), config.train_batch_size, config.seed, index)
+        batch = encoded[rows]
+        if config.random_flip:
+            flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+            batch = torch.where(flip.to(batch.device), mirrored[rows], batch)
+        return Batch(model.codec.draw(batch, generator), prompts[rows] if prompts else Prompts())
+
+    def prior_batch(generator: torch.Generator) -> Batch | None:
+        if prior is None:
+            return None
+        chosen = torch.randperm(len(prior.x0), generator=generator)[: config.pair_batch_size]
+        return Batch(prior.x0[chosen].to(encoded), prior.prompts[chosen])
+
     adaptation.network.train()
     event = StepEvent(run.step, {}, run.state, run.averaged)
     with torch.random.fork_rng():
@@ -169,29 +198,46 @@ def train(
         while run.step < config.max_train_steps:
             generator = step_generator(config.seed, run.step)
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
-            rows = batch_indices(len(images), config.train_batch_size, config.seed, run.step)
-            batch = encoded[rows]
-            if config.random_flip:
-                flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-                batch = torch.where(flip.to(batch.device), mirrored[rows], batch)
-            x0 = model.codec.draw(batch, generator)
-            pairs = None
-            if prior is not None:
-                chosen = torch.randperm(len(prior), generator=generator)[: config.pair_batch_size]
-                pairs = prior[chosen].to(x0)
-            with accelerator.autocast():
-                views = look(model, adaptation, objective, x0, pairs, generator)
-            loss, parts = objective(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
-            value = loss.item()
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the loss is {value} at step {run.step + 1} ({unweighted(parts)}); lower the learning_rate "
-                    f"(now {config.learning_rate:g}) or the weights, or use mixed_precision no or bf16"
-                )
-            norm = run.update(loss)
-            metrics = {"loss": value, **unweighted(parts), "grad_norm": norm}
+            minimised = erasing if erasing and run.step < config.erase_steps else objective
+            losses = []
+            for part in range(config.gradient_accumulation_steps):
+                batch = training_batch(run.step * config.gradient_accumulation_steps + part, generator)
+                shown = prior_batch(generator)
+                with accelerator.autocast():
+                    views = look(model, adaptation, minimised, batch, shown, generator, config.noise_offset)
+                loss, terms = minimised(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
+                losses.append(unweighted({"loss": loss.detach(), **terms}))
+                if not math.isfinite(value := losses[-1]["loss"]):
+                    raise UserError(
+                        f"the loss is {value} at step {run.step + 1} ({losses[-1]}); lower the learning_rate "
+                        f"(now {config.learning_rate:g}) or the weights, or use mixed_precision no or bf16"
+                    )
+                run.backward(loss / config.gradient_accumulation_steps)
+            metrics = {name: statistics.fmean(part[name] for part in losses) for name in losses[0]}
+            metrics["grad_norm"] = run.update()
             _notify(observers, StepEvent(run.step, metrics, run.state, run.averaged))
     return run
+
+
+def _build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    try:
+        match config.optimizer:
+            case "adamw":
+                return torch.optim.AdamW(parameters, **settings)
+            case "adamw8bit":
+                from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+                return AdamW8bit(parameters, **settings)
+            case "prodigy":
+                from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports]
+
+                return Prodigy(parameters, safeguard_warmup=True, **settings)
+    except ImportError as error:
+        raise UserError(
+            f"optimizer {config.optimizer} needs the package {error.name}: pip install 'domainstudio[optimizers]'"
+        ) from error
+    raise ValueError(config.optimizer)
 
 
 def _notify(observers: Sequence[Observer], event: StepEvent) -> None:

@@ -1,0 +1,192 @@
+"""Trains the bundled text-to-image source: `python sources/avatars/train_text.py all` (resumes; uses a GPU if any).
+
+The result is an ordinary Stable Diffusion pipeline of 64 px: the codec of the bundled avatar source, with a decoder
+trained further to know robots too; a text encoder and a conditional UNet, trained together on captioned avatars
+(17 in 20 pictures) and robots. Captions name a random part of what is in the picture; one in ten is empty, for
+classifier-free guidance. The UNet's convolutions begin as those of the avatar source.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from captions import Attributes, caption, read_attributes
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from train import DEVICE, HERE, fit, new_scheduler, pictures, polish_decoder, render, to_tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SETS = ("avatars", "robots")
+ROBOT_SHARE = 0.15
+EMPTY_SHARE = 0.1
+MAX_TOKENS = 48
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def new_unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(128, 192),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=(2, 3),  # the number of heads, by diffusers' misnomer: 64 wide
+    )
+    for name, module in unet.named_modules():
+        if name.endswith("proj_out"):  # attention begins as nothing, so that the convolutions are worth what they were
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return unet
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
+    """CLIP's kind of byte-pair encoding, learned from the captions: each of their words is one token, any text some."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    characters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        show_progress=False,
+        initial_alphabet=sorted(characters),
+        end_of_word_suffix="</w>",
+        min_frequency=1,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = json.loads(tokenizer.to_str())["model"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["merges"]]
+    words = [*sorted(characters), *(f"{c}</w>" for c in sorted(characters)), *("".join(m.split(" ")) for m in merges)]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*words, START, END]))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token=END
+    )
+
+
+def sampled_caption(attributes: Attributes) -> str:
+    """Names a random part of the attributes, or, one time in ten, nothing; drawn from torch's generator."""
+    share, *draws = torch.rand(2 + len(attributes)).tolist()
+    if draws.pop() < EMPTY_SHARE:
+        return ""
+    return caption({name: words for (name, words), draw in zip(attributes.items(), draws, strict=True) if draw < share})
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, build: Path) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of the pictures of both sets, in their order."""
+    path = build / "latents_text.pt"
+    if not path.exists():
+        means, stds = [], []
+        for name in SETS:
+            data = pictures(build / f"{name}.bin")
+            for start in range(0, len(data), 500):
+                posterior = vae.encode(to_tensor(data[start : start + 500])).latent_dist
+                means.append(posterior.mean.half().cpu())
+                stds.append(posterior.std.half().cpu())
+        torch.save((torch.cat(means), torch.cat(stds)), path)
+    return torch.load(path, weights_only=True)
+
+
+def train_networks(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    latents: tuple[Tensor, Tensor],
+    scale: float,
+    attributes: dict[str, list[Attributes]],
+    args: argparse.Namespace,
+) -> None:
+    (mean, std), scheduler = latents, new_scheduler()
+    alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)
+    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(DEVICE)
+    known = [*attributes["avatars"], *attributes["robots"]]
+    num_avatars, num_robots = len(attributes["avatars"]), len(attributes["robots"])
+
+    def loss() -> Tensor:
+        rows = torch.randint(num_avatars, (args.batch_size,))
+        robots = num_avatars + torch.randint(num_robots, (args.batch_size,))
+        rows = torch.where(torch.rand(args.batch_size) < ROBOT_SHARE, robots, rows)
+        x0 = mean[rows].float().to(DEVICE)
+        x0 = scale * (x0 + std[rows].float().to(DEVICE) * torch.randn_like(x0))
+        texts = [sampled_caption(known[row]) for row in rows.tolist()]
+        tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        states = text_encoder(tokens.input_ids.to(DEVICE)).last_hidden_state
+        # Stratified time steps: the same distribution, less variance of the loss.
+        t = (torch.arange(args.batch_size) + torch.rand(args.batch_size)) / args.batch_size
+        t = (1000 * t).long().clamp(max=999).to(DEVICE)
+        alpha, sigma, noise = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1), torch.randn_like(x0)
+        output = unet(alpha * x0 + sigma * noise, t, states).sample
+        return F.mse_loss(output.float(), alpha * noise - sigma * x0)
+
+    networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    fit("text", networks, list(networks.parameters()), loss, args.steps, args.lr, args.build)
+
+
+def main() -> None:
+    models_folder = HERE.parents[1] / "src/domainstudio/assets/models"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["networks", "decoder", "all"])
+    parser.add_argument("--build", type=Path, default=Path("build/avatars"))
+    parser.add_argument("--source", type=Path, default=models_folder / "avatars", help="begin with its codec and UNet")
+    parser.add_argument("--out", type=Path, default=models_folder / "avatars-text")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--decoder-steps", type=int, default=4_000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    args = parser.parse_args()
+    args.build.mkdir(parents=True, exist_ok=True)
+    render(args.build)
+    attributes = {name: read_attributes(args.build / f"{name}.jsonl") for name in SETS}
+    vae = AutoencoderKL.from_pretrained(args.source, subfolder="vqvae").to(DEVICE)
+    scale = vae.config.scaling_factor
+    texts = [caption(a) for name in SETS for a in attributes[name]]
+    tokenizer = train_tokenizer(texts, args.build / "tokenizer")
+    torch.manual_seed(0)
+    unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
+    unet.load_state_dict(UNet2DModel.from_pretrained(args.source, subfolder="unet").state_dict(), strict=False)
+    unet.to(DEVICE), text_encoder.to(DEVICE)
+    if args.stage in ("networks", "all"):
+        train_networks(unet, text_encoder, tokenizer, encode(vae, args.build), scale, attributes, args)
+    if args.stage in ("decoder", "all"):
+        polish_decoder(vae, args.build, args.decoder_steps)
+    if args.stage == "all":
+        pipeline = StableDiffusionPipeline(
+            vae=vae.half(),
+            text_encoder=text_encoder.half(),
+            tokenizer=tokenizer,
+            unet=unet.half(),
+            scheduler=new_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What a run is made of: the source model, the few pictures with their prompts, and source samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from domainstudio.app.folder import RunFolder
+from domainstudio.app.recipe import Recipe
+from domainstudio.data.bundled import bundled_model, strip_prefix
+from domainstudio.data.captions import caption_table, draw_alternatives, fill, read_captions
+from domainstudio.data.domain import Domain, load_domain, to_pil
+from domainstudio.errors import UserError
+from domainstudio.models.load import load_model
+from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sample import Progress, TextGuidance, decode, sample
+from domainstudio.training.objective import Batch, Prompts
+from domainstudio.training.state import written_whole
+
+POOL_SEED = 500_000
+"""Added to the run's seed for source samples, so that they are far from those that results are sampled with."""
+
+
+def open_source(name_or_path: str, device: torch.device | str = "cpu") -> DiffusionModel:
+    """A source model by folder, file, hub name or `bundled:NAME`."""
+    name = strip_prefix(name_or_path)
+    return load_model(name_or_path if name is None else bundled_model(name), device)
+
+
+def open_domain(recipe: Recipe, model: DiffusionModel) -> Domain:
+    """The recipe's training pictures at the model's size.
+
+    Raises:
+        UserError: if the recipe asks for another resolution, or the pictures cannot be used.
+    """
+    if recipe.resolution not in (None, model.resolution):
+        raise UserError(
+            f"resolution={recipe.resolution}, but {recipe.pretrained_model_name_or_path} makes {model.resolution} px "
+            f"pictures; leave resolution out (pictures are resized to {model.resolution} px)"
+        )
+    return load_domain(recipe.instance_data_dir, model.resolution)
+
+
+@dataclass(frozen=True)
+class TrainingPictures:
+    """The pictures of a run, (N, 3, H, W) in [-1, 1], and what the two models are told of each (text models alone)."""
+
+    images: Tensor
+    student_prompts: tuple[str, ...] = ()
+    source_prompts: tuple[str, ...] = ()
+
+    def encoded(self, model: DiffusionModel) -> Prompts:
+        """The prompts as the model takes them."""
+        return Prompts(model.encode_prompts(self.student_prompts), model.encode_prompts(self.source_prompts))
+
+
+def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], None]) -> TrainingPictures:
+    """The training pictures with their prompts, shown as a table; a subject's pictures come after those of the style.
+
+    Raises:
+        UserError: if pictures or captions cannot be used, or prompts are missing or of no use.
+    """
+    domain = open_domain(recipe, model)
+    if model.condition is None:
+        if given := recipe.text_settings():
+            raise UserError(
+                f"{recipe.pretrained_model_name_or_path} takes no prompts; remove {', '.join(given)}, or give a "
+                "text-to-image model such as bundled:avatars-text"
+            )
+        return TrainingPictures(domain.images)
+    if recipe.instance_prompt is None:
+        raise UserError(
+            f"{recipe.pretrained_model_name_or_path} is a text-to-image model: say what your pictures are with an "
+            'instance_prompt, such as "a portrait in sks style", and what the same is without their style or subject '
+            'with a class_prompt, such as "a portrait"'
+        )
+    pictures = _with_prompts(recipe, domain)
+    if recipe.subject_data_dir is not None:
+        assert recipe.subject_prompt is not None
+        subject = load_domain(recipe.subject_data_dir, model.resolution)
+        told = (recipe.subject_prompt, recipe.subject_class_prompt or recipe.class_prompt or "")
+        pictures = TrainingPictures(
+            torch.cat([pictures.images, subject.images]),
+            pictures.student_prompts + (told[0],) * len(subject.images),
+            pictures.source_prompts + (told[1],) * len(subject.images),
+        )
+        domain = Domain(domain.name, pictures.images, domain.paths + subject.paths)
+    log(caption_table(domain.paths, pictures.student_prompts))
+    return pictures
+
+
+def _with_prompts(recipe: Recipe, domain: Domain) -> TrainingPictures:
+    template, fallback = recipe.instance_prompt or "", recipe.class_prompt
+    captions = read_captions(domain.paths[0].parent, domain.paths, recipe.captions)
+    if "{caption}" not in template and recipe.captions != "none":
+        raise UserError(
+            f"captions={recipe.captions!r}, but instance_prompt {template!r} has no {{caption}} to put them in; write, "
+            'for one, "{caption}, sks style"'
+        )
+    told = []
+    for path, own in zip(domain.paths, captions, strict=True):
+        if own is None and fallback is None and "{caption}" in template:
+            raise UserError(f"{path.name} has no caption; write one, or give a class_prompt that stands in for it")
+        told.append(own or fallback or "")
+    source = told if fallback is None or "{caption}" in template else [fallback] * len(told)
+    return TrainingPictures(domain.images, tuple(fill(template, caption) for caption in told), tuple(source))
+
+
+@dataclass(frozen=True)
+class SourceSamples:
+    """Pictures drawn once from the source, (M, C, h, w) in model space, with their prompts (text models alone)."""
+
+    x0: Tensor
+    student_prompts: tuple[str, ...] = ()
+    source_prompts: tuple[str, ...] = ()
+
+    def encoded(self, model: DiffusionModel) -> Batch:
+        """As the loop takes them."""
+        told = Prompts(model.encode_prompts(self.student_prompts), model.encode_prompts(self.source_prompts))
+        return Batch(self.x0, told)
+
+
+def draw_source_samples(
+    folder: RunFolder, model: DiffusionModel, recipe: Recipe, drawing: Progress | None
+) -> SourceSamples:
+    """The pool of source samples: drawn once a run, and kept in its folder, as pictures too."""
+    prompts = prior_prompts(recipe) if model.condition is not None else []
+    if not folder.prior.exists():
+        x0 = sample(
+            model,
+            model.network,
+            recipe.num_class_images,
+            seed=recipe.seed + POOL_SEED,
+            num_inference_steps=recipe.num_inference_steps,
+            progress=drawing,
+            guidance=TextGuidance(prompts, recipe.guidance_scale) if prompts else None,
+        )
+        device = next(model.network.parameters()).device
+        with written_whole(folder.prior_pictures) as pictures:
+            for index, image in enumerate(to_pil(decode(model, x0, device))):
+                image.save(pictures / f"{index:03d}.png")
+        partial = folder.prior.with_suffix(".partial")
+        save_file({"x0": x0}, partial)
+        partial.rename(folder.prior)
+    template = recipe.instance_prompt or ""
+    return SourceSamples(
+        load_file(folder.prior)["x0"], tuple(fill(template, prompt) for prompt in prompts), tuple(prompts)
+    )
+
+
+def prior_prompts(recipe: Recipe) -> list[str]:
+    """What each source sample is drawn of.
+
+    Raises:
+        UserError: if the recipe does not say.
+    """
+    prompt = recipe.prior_prompt or recipe.class_prompt
+    if prompt is None:
+        raise UserError(
+            f"method {recipe.method} draws pictures from the source model; say of what with a class_prompt, such as "
+            '"a portrait"'
+        )
+    return [draw_alternatives(prompt, recipe.seed * 1_000_003 + index) for index in range(recipe.num_class_images)]
