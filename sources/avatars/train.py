@@ -35,11 +35,15 @@ MAX_LATENT_NOISE = 0.1
 def render(build: Path) -> None:
     """40,000 avatars for the diffusion model; 3,000 of every other style so that the codec knows them all."""
     for name, count, split in [("avatars", 40_000, "train")] + [(style, 3_000, "vae") for style in STYLES]:
-        path = build / f"{name}.bin"
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            subprocess.run(["node", HERE / "render.mjs", name, str(count), split, partial], check=True)
-            partial.rename(path)
+        render_set(build / f"{name}.bin", name, count, split)
+
+
+def render_set(path: Path, name: str, count: int, split: str, px: int = 64) -> None:
+    """Writes `count` pictures of a set, or with 0 pixels what is in each of them; does nothing if they are there."""
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        subprocess.run(["node", HERE / "render.mjs", name, str(count), split, partial, str(px)], check=True)
+        partial.rename(path)
 
 
 def pictures(path: Path) -> np.ndarray:
@@ -138,12 +142,13 @@ def fit(
             parameter.copy_(value)
 
 
-def batches(build: Path, size: int) -> Iterator[Tensor]:
-    """Half avatars, half other styles (two in three of them of the bundled domains), mirrored at random.
+def batches(build: Path, size: int, more: tuple[str, ...] = ()) -> Iterator[Tensor]:
+    """Half avatars, half other styles (two in three of them of the bundled domains and `more`), mirrored at random.
 
     Drawn from torch's generator, so a resumed run is the same.
     """
-    avatars, others = pictures(build / "avatars.bin"), [pictures(build / f"{s}.bin") for s in [*4 * DOMAINS, *STYLES]]
+    styles = [*4 * [*DOMAINS, *more], *STYLES, *more]
+    avatars, others = pictures(build / "avatars.bin"), [pictures(build / f"{style}.bin") for style in styles]
     while True:
         rows = [avatars[int(i)] for i in torch.randint(len(avatars), (size // 2,))]
         styles = [others[i] for i in torch.randint(len(others), (size - size // 2,))]
@@ -169,9 +174,11 @@ def picture_error(lpips: nn.Module, decoded: Tensor, images: Tensor) -> Tensor:
     return (decoded.float() - images).abs().mean() + 0.4 * perceptual
 
 
-def polish_decoder(vae: AutoencoderKL, build: Path, steps: int) -> None:
+def polish_decoder(
+    vae: AutoencoderKL, build: Path, steps: int, name: str = "decoder", more: tuple[str, ...] = ()
+) -> None:
     """Trains the decoder alone: the latents stay what they were, so the diffusion model stays valid."""
-    lpips, source = load_lpips("alex").to(DEVICE), batches(build, 8)
+    lpips, source = load_lpips("alex").to(DEVICE), batches(build, 8, more)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
 
     def loss() -> Tensor:
@@ -181,7 +188,7 @@ def polish_decoder(vae: AutoencoderKL, build: Path, steps: int) -> None:
         noise = MAX_LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=DEVICE) * torch.randn_like(latents)
         return picture_error(lpips, vae.decode(latents + noise).sample, images)
 
-    fit("decoder", vae, parameters, loss, steps, 7e-4, build)
+    fit(name, vae, parameters, loss, steps, 7e-4, build)
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from captions import Attributes, caption, read_attributes
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from train import DEVICE, HERE, fit, new_scheduler, pictures, polish_decoder, render, to_tensor
+from train import DEVICE, HERE, fit, new_scheduler, pictures, polish_decoder, render, render_set, to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-SETS = ("avatars", "robots")
+SETS = {"avatars": 40_000, "robots": 10_000}
 ROBOT_SHARE = 0.15
 EMPTY_SHARE = 0.1
 MAX_TOKENS = 48
@@ -161,6 +161,9 @@ def main() -> None:
     args = parser.parse_args()
     args.build.mkdir(parents=True, exist_ok=True)
     render(args.build)
+    for name, count in SETS.items():
+        render_set(args.build / f"{name}.bin", name, count, "train")
+        render_set(args.build / f"{name}.jsonl", name, count, "train", px=0)
     attributes = {name: read_attributes(args.build / f"{name}.jsonl") for name in SETS}
     vae = AutoencoderKL.from_pretrained(args.source, subfolder="vqvae").to(DEVICE)
     scale = vae.config.scaling_factor
@@ -173,7 +176,7 @@ def main() -> None:
     if args.stage in ("networks", "all"):
         train_networks(unet, text_encoder, tokenizer, encode(vae, args.build), scale, attributes, args)
     if args.stage in ("decoder", "all"):
-        polish_decoder(vae, args.build, args.decoder_steps)
+        polish_decoder(vae, args.build, args.decoder_steps, "decoder_text", ("robots",))
     if args.stage == "all":
         pipeline = StableDiffusionPipeline(
             vae=vae.half(),
