@@ -25,7 +25,7 @@ from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
-from domainstudio.evaluation.evaluate import Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
 from domainstudio.models.sample import decode, sample
 from domainstudio.training.train import StepEvent
 
@@ -55,7 +55,7 @@ class Measurer:
         begin = time.perf_counter()
         with event.averaged() as network:
             x0 = sample(self.model, network, self.num_images, SAMPLING_SEED, SAMPLING_STEPS)
-        result = self.evaluator.evaluate(decode(self.model, x0)).to_json()
+        result = numbers_of(self.evaluator.evaluate(decode(self.model, x0)))
         self.record(event.step, result, begin - self.started)
         self.started += time.perf_counter() - begin
 
@@ -76,7 +76,7 @@ def measure_anchor(domain: str, anchor: str, args: argparse.Namespace) -> None:
         "copier": lambda: evaluator.copier(args.num_images),
         "real": evaluator.real,
     }
-    write_row(args.results, {"domain": domain, "name": anchor, "seed": 0, "step": 0}, measures[anchor]().to_json())
+    write_row(args.results, {"domain": domain, "name": anchor, "seed": 0, "step": 0}, numbers_of(measures[anchor]()))
 
 
 def measure_run(
@@ -109,8 +109,13 @@ def measure_run(
         train_run(recipe, observers=(measurer,))
 
 
+def numbers_of(evaluation: Evaluation) -> Row:
+    result = evaluation.to_json()
+    return {name: result[name] for name in NUMBERS}
+
+
 def write_row(path: Path, key: Row, result: Row) -> None:
-    row = key | {name: result[name] for name in NUMBERS} | {"torch": torch.__version__, "date": str(date.today())}
+    row = key | result | {"torch": torch.__version__, "date": str(date.today())}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -17,7 +17,10 @@ from domainstudio.data.domain import load_domain
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
 from domainstudio.models.sample import starting_noise
 from domainstudio.training.methods import METHODS, build_objective
+from domainstudio.training.objective import Batch
 from domainstudio.training.train import TrainConfig, train
+
+UNCONDITIONAL = [method for method in METHODS if method != "dreambooth"]
 
 
 def one_variant(method: str, adapter: str, batch_size: int):
@@ -25,7 +28,7 @@ def one_variant(method: str, adapter: str, batch_size: int):
     model = open_source("bundled:avatars", "cuda" if torch.cuda.is_available() else "cpu")
     images = load_domain("bundled:ink", model.resolution).images
     objective = build_objective(method, model)
-    prior = starting_noise(model.sample_shape, 20, 0) if objective.pairing == "source_samples" else None
+    prior = Batch(starting_noise(model.sample_shape, range(20), 0)) if objective.needs_prior else None
     adaptation = FullAdaptation(model.network) if adapter == "full" else LoraAdaptation(model.network, 16, 16, 0)
 
     def steps(count: int) -> list[float]:
@@ -36,7 +39,7 @@ def one_variant(method: str, adapter: str, batch_size: int):
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
 
-        train(model, adaptation, images, objective, TrainConfig(count, batch_size, 1e-5), prior, (watch,))
+        train(model, adaptation, images, objective, TrainConfig(count, batch_size, 1e-5), prior, observers=(watch,))
         return [b - a for a, b in itertools.pairwise(times)]
 
     return steps
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--adapters", nargs="+", default=["full"])
     args = parser.parse_args()
-    variants = {(m, a): one_variant(m, a, args.batch_size) for a in args.adapters for m in METHODS}
+    variants = {(m, a): one_variant(m, a, args.batch_size) for a in args.adapters for m in UNCONDITIONAL}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
     for round_index in range(args.rounds):
         for key, steps in variants.items():

@@ -16,6 +16,7 @@ THIRD_PARTIES = {  # where each may be imported; any other, torchmetrics for one
     **dict.fromkeys(("diffusers", "transformers", "peft"), ("models/",)),
     "PIL": ("data/", "evaluation/", "app/"),
     "accelerate": ("training/", "app/"),
+    **dict.fromkeys(("bitsandbytes", "prodigyopt"), ("training/train.py",)),
     **{"pydantic": ("app/recipe.py",), "rich": ("app/",)},
 }
 PROBE = """

@@ -8,6 +8,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = ("a", "an", "of", "in", "the", "portrait", "picture", "style", "man", "woman", "dog", "red", "blue", "hair")
 
+TEXT_KINDS = {
+    "sd1_epsilon": ("epsilon", False),
+    "sd1_v": ("v_prediction", False),
+    "sd2_epsilon": ("epsilon", True),
+    "sd2_v": ("v_prediction", True),
+}
+"""Name -> prediction, and whether attention projects with linear layers, as in 2.x."""
+
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's kind of byte-pair encoding: single letters, and WORDS as tokens of their own."""
@@ -53,6 +61,7 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", linear: bool = Fals
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
+            initializer_factor=10.0,  # so that prompts matter
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=2,
@@ -63,9 +72,10 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", linear: bool = Fals
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    kind = PNDMScheduler if prediction == "epsilon" else DDIMScheduler
-    scheduler = kind(prediction_type=prediction, **settings)
+    settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    scheduler = PNDMScheduler(prediction_type=prediction, skip_prk_steps=True, **settings)
+    if prediction == "v_prediction":
+        scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, **settings)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -48,7 +48,9 @@ OTHER_TOPS = _by_value(
 )
 HEADWEAR = ("a hat", "a headscarf", "a turban", "a winter hat")
 SKINS = _by_value({"dark": "614335 8d5524", "brown": "ae5d29 d08b5b", "light": "edb98a ffdbb4"})
-GLASSES = _by_value({"round glasses": "round", "glasses": "prescription01 prescription02"})
+GLASSES = _by_value(
+    {"round glasses": "round", "glasses": "prescription01 prescription02", "sunglasses": "sunglasses wayfarers"}
+)
 BEARDS = _by_value(
     {
         "a beard": "beardLight beardMedium",
@@ -95,7 +97,7 @@ BACKGROUNDS = _by_value(
         "pink": "ffd5dc",
         "orange": "ffdfbf",
         "green": "c9e4c5",
-        "cream": "f4e1c1",
+        "cream": "f4e1c1 faf3e3",
         "grey": "dfe3e8",
     }
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import domainstudio.training.state as state
-from domainstudio.app import cli, runs
+from domainstudio.app import cli, materials
 from domainstudio.training import observers
 from domainstudio.training.train import Training
 
@@ -48,13 +48,12 @@ def _die_in_step(step: int) -> None:
     """Kills the process when the gradients of `step` are there and half of the weights have moved."""
     update = Training.update
 
-    def half_update(self: Training, loss: torch.Tensor) -> float:
+    def half_update(self: Training) -> float:
         if self.step + 1 == step:
-            loss.backward()
             for parameter in self.parameters[::2]:
                 parameter.data.add_(1)
             _die()
-        return update(self, loss)
+        return update(self)
 
     Training.update = half_update
 
@@ -83,7 +82,7 @@ def _die_at_write(in_save_of: int, at_write: int) -> None:
         return state_save(output_dir, train_state, total_limit)
 
     state_save, observers.save_checkpoint = observers.save_checkpoint, save
-    state.save_file = runs.save_file = counted(state.save_file, 1)
+    state.save_file = materials.save_file = counted(state.save_file, 1)
     torch.save = counted(torch.save, 1)
     Path.write_text = counted(Path.write_text, 0)
     os.fsync, os.rename, os.replace = counted(os.fsync), counted(os.rename), counted(os.replace)

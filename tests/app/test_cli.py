@@ -14,12 +14,24 @@ TRAIN_FLAGS = [
     "--pretrained-model-name-or-path",
     "--instance-data-dir",
     "--output-dir",
+    "--instance-prompt",
+    "--class-prompt",
+    "--prior-prompt",
+    "--captions",
+    "--subject-data-dir",
+    "--subject-prompt",
+    "--subject-class-prompt",
+    "--train-text-encoder",
     "--method",
     "--adapter",
     "--rank",
     "--lora-alpha",
+    "--lora-layers",
     "--max-train-steps",
     "--train-batch-size",
+    "--gradient-accumulation-steps",
+    "--gradient-checkpointing",
+    "--optimizer",
     "--learning-rate",
     "--lr-warmup-steps",
     "--max-grad-norm",
@@ -29,11 +41,16 @@ TRAIN_FLAGS = [
     "--pairing",
     "--centre-pairs",
     "--high-noise-weight",
+    "--snr-gamma",
+    "--noise-offset",
+    "--erase-steps",
+    "--with-prior-preservation",
+    "--prior-loss-weight",
     "--image-weight",
     "--hf-weight",
     "--hfmse-weight",
     "--space",
-    "--num-prior-images",
+    "--num-class-images",
     "--pair-batch-size",
     "--resolution",
     "--seed",
@@ -42,18 +59,23 @@ TRAIN_FLAGS = [
     "--checkpoints-total-limit",
     "--validation-steps",
     "--num-validation-images",
+    "--validation-prompt",
+    "--negative-prompt",
+    "--guidance-scale",
     "--num-inference-steps",
     "--resume-from-checkpoint",
 ]
 OTHER_FLAGS = {
     "demo": {"--domain", "--output-dir", "--max-train-steps", "--num-images"},
     "check": {"--resolution"},
-    "sample": {"--num-images", "--seed", "--output-dir"},
+    "sample": {"--num-images", "--seed", "--output-dir", "--prompt", "--negative-prompt", "--guidance-scale"}
+    | {"--style-strength", "--source-prompt"},
+    "export": {"--format", "--output", "--metadata", "--no-metadata"},
     "evaluate": {"--instance-data-dir", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px"}
     | {"--intra", "--json"},
     "compare": {"--output", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px", "--intra"},
 }
-COMMANDS = ["demo", "check", "train", "sample", "evaluate", "compare"]
+COMMANDS = ["train", *OTHER_FLAGS]
 
 
 def offered(command: str) -> set[str]:
@@ -62,7 +84,8 @@ def offered(command: str) -> set[str]:
 
 
 def test_the_flags_of_train_are_frozen():
-    switches = ("use-ema", "random-flip", "centre-pairs")
+    switches = {"use-ema", "random-flip", "centre-pairs", "train-text-encoder"}
+    switches |= {"gradient-checkpointing", "with-prior-preservation"}
     negations = {f"--no-{name}" for switch in switches for name in (switch, switch.replace("-", "_"))}
     assert offered("train") == {*TRAIN_FLAGS, *("--" + flag[2:].replace("-", "_") for flag in TRAIN_FLAGS), *negations}
 

@@ -167,7 +167,7 @@ class TestCompare:
 @pytest.fixture
 def tiny_bundle(monkeypatch, pipelines):
     """The tiny pipeline in place of the bundled model, and settings that take a moment."""
-    monkeypatch.setattr("domainstudio.app.runs.bundled_model", lambda name: pipelines("pixel_epsilon"))
+    monkeypatch.setattr("domainstudio.app.materials.bundled_model", lambda name: pipelines("pixel_epsilon"))
     build = recipes.build_recipe
 
     def fast(path, settings):

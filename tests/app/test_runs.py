@@ -7,10 +7,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from domainstudio.app.draw import draw_from
 from domainstudio.app.recipe import build_recipe
-from domainstudio.app.runs import draw_from
 from domainstudio.data.domain import to_pil
 from domainstudio.models.load import load_model
+from domainstudio.models.sample import decode
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -20,7 +21,8 @@ def pixels(folder):
 
 
 def test_layout_of_a_run(full_run, lora_run):
-    names = {"config.toml", "metrics.jsonl", "samples", "checkpoint-4", "pipeline", "source_samples.safetensors"}
+    names = {"config.toml", "metrics.jsonl", "samples", "checkpoint-4", "pipeline"}
+    names |= {"source_samples.safetensors", "source_samples"}
     assert {path.name for path in full_run.iterdir()} == names | {"checkpoint-2"}
     assert {path.name for path in lora_run.iterdir()} == names | {"lora.safetensors"}  # checkpoints_total_limit=1
     for run in (full_run, lora_run):
@@ -29,6 +31,16 @@ def test_layout_of_a_run(full_run, lora_run):
             "step_000002",
             "step_000004",
         ]
+        assert sorted(path.name for path in (run / "source_samples").iterdir()) == [
+            f"{index:03d}.png" for index in range(FAST["num_class_images"])
+        ]
+
+
+def test_source_samples_can_be_looked_at(lora_run, pipelines):
+    source = load_model(pipelines("latent_v"))
+    expected = to_pil(decode(source, load_file(lora_run / "source_samples.safetensors")["x0"]))
+    shown = pixels(lora_run / "source_samples")
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(shown, expected, strict=True))
 
 
 def test_a_run_says_where_its_result_is_and_how_to_go_on(tmp_path, lora_run):

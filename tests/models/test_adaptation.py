@@ -217,7 +217,7 @@ def test_saved_loras_come_back_with_their_metadata(models, tmp_path):
     path = tmp_path / "lora.safetensors"
     save_lora(adaptation, path)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt", "rank": "4", "lora_alpha": "4.0"}
+        assert file.metadata() == {"format": "pt", "rank": "4", "lora_alpha": "8.0"}
     tensors, state = read_lora(path), adaptation.state()
     assert set(tensors) == set(state)
     assert all(torch.equal(tensors[n], state[n]) for n in state)

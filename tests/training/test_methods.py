@@ -3,16 +3,16 @@ import math
 
 import pytest
 import torch
-from training_kit import adapt, look_at, perturb
+from training_kit import UNCONDITIONAL, adapt, look_at, perturb
 
 from domainstudio.diffusion.prediction import PREDICTIONS, to_x0
 from domainstudio.errors import UserError
-from domainstudio.training.methods import METHODS, build_objective, level_weight
+from domainstudio.training.methods import build_objective, level_weight
 
-PAIRED = [method for method in METHODS if method != "finetune"]
+PAIRED = [method for method in UNCONDITIONAL if method != "finetune"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNCONDITIONAL)
 @pytest.mark.parametrize("name", ["pixel_learned", "pixel_flow", "latent_v"])
 def test_every_method_builds_for_every_kind_of_model(models, method, name):
     model = models(name)
@@ -39,18 +39,30 @@ def test_finetuning_refuses_pairwise_settings(models, setting):
         build_objective("finetune", models("pixel_epsilon"), **setting)
 
 
+@pytest.mark.parametrize("name", ["pixel_learned", "pixel_flow", "latent_v"])
+def test_prompts_cannot_be_learned_without_a_text_model(models, name):
+    model = models(name)
+    with pytest.raises(UserError, match="dreambooth needs a text-to-image model; this one is unconditional"):
+        build_objective("dreambooth", model)
+    for method in ("studio", "domainstudio", "ddpm_pa"):
+        with pytest.raises(UserError, match="with_prior_preservation needs a text-to-image model"):
+            build_objective(method, model, with_prior_preservation=True)
+        assert build_objective(method, model, with_prior_preservation=False).prior == "none"
+
+
 @pytest.mark.parametrize("setting", [{"centre_pairs": True}, {"high_noise_weight": 0.5}])
 def test_the_released_arithmetic_is_what_it_is(models, setting):
     with pytest.raises(UserError, match=f"domainstudio_released has no {next(iter(setting))}"):
         build_objective("domainstudio_released", models("pixel_epsilon"), **setting)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNCONDITIONAL)
 def test_settings_that_are_none_keep_the_methods_own(models, method):
-    model, nothing = models("pixel_epsilon"), dict.fromkeys(("image_weight", "hf_weight", "pairing", "space"))
+    names = ("image_weight", "hf_weight", "pairing", "space", "snr_gamma", "with_prior_preservation")
+    model, nothing = models("pixel_epsilon"), dict.fromkeys(names)
     given, plain = build_objective(method, model, **nothing), build_objective(method, model)
     assert [t.weight for t in given.terms] == [t.weight for t in plain.terms]
-    assert (given.pairing, given.space) == (plain.pairing, plain.space)
+    assert (given.pairing, given.prior, given.space) == (plain.pairing, plain.prior, plain.space)
 
 
 @pytest.mark.parametrize("method", PAIRED)

@@ -21,6 +21,12 @@ def a_loss(training: Training) -> torch.Tensor:
     return (training.adaptation.network(x, torch.tensor([5, 500])).sample - 1).square().mean()
 
 
+def step(training: Training, loss: torch.Tensor | None = None) -> float:
+    """One step; the gradient norm."""
+    training.backward(a_loss(training) if loss is None else loss)
+    return training.update()
+
+
 @pytest.mark.parametrize(("steps", "decay"), [(1, 0.0), (6, 0.0), (20, 2 / 3), (1000, 149 / 150), (10**9, 0.9999)])
 def test_the_average_is_over_the_last_seventh_of_the_run(steps, decay):
     config = TrainConfig(max_train_steps=steps, train_batch_size=1, learning_rate=1.0)
@@ -32,7 +38,7 @@ def test_the_average_against_its_recurrence_in_float64(models, adapter):
     training = start(models, adapter)
     expected = [p.detach().double() for p in training.parameters]
     for k in range(1, 5):
-        training.update(a_loss(training))
+        step(training)
         decay = k / (k + 10)  # below 149 / 150 for so few steps
         expected = [
             decay * e + (1 - decay) * p.detach().double() for e, p in zip(expected, training.parameters, strict=True)
@@ -44,7 +50,7 @@ def test_the_average_against_its_recurrence_in_float64(models, adapter):
 
 def test_a_very_short_run_ends_with_its_last_weights(models):
     training = start(models, max_train_steps=6)
-    training.update(a_loss(training))
+    step(training)
     assert all(torch.equal(a, p) for a, p in zip(training.average, training.parameters, strict=True))
 
 
@@ -52,7 +58,7 @@ def test_a_very_short_run_ends_with_its_last_weights(models):
 def test_averaged_weights_are_lent_and_given_back(models, adapter):
     training = start(models, adapter)
     for _ in range(3):
-        training.update(a_loss(training))
+        step(training)
     own = [p.detach().clone() for p in training.parameters]
     average = [a.clone() for a in training.average]
     assert any(not torch.equal(a, o) for a, o in zip(average, own, strict=True))
@@ -67,12 +73,12 @@ def test_averaged_weights_are_lent_and_given_back(models, adapter):
         use()
     assert all(torch.equal(p, o) for p, o in zip(training.parameters, own, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(training.average, average, strict=True))
-    training.update(a_loss(training))
+    step(training)
 
 
 def test_without_an_average_the_weights_are_the_students(models):
     training = start(models, use_ema=False)
-    training.update(a_loss(training))
+    step(training)
     assert training.average == []
     assert training.state().average == []
     own = [p.detach().clone() for p in training.parameters]
@@ -100,7 +106,7 @@ def test_the_first_update_is_adams_with_the_warm_rate_and_decay(models):
     before = [p.detach().double() for p in training.parameters]
     loss = a_loss(training)
     gradients = [g.double() for g in torch.autograd.grad(loss, training.parameters, retain_graph=True)]
-    training.update(loss)
+    step(training, loss)
     rate, norm = 1e-2 / 10, torch.cat([g.flatten() for g in gradients]).norm()
     for old, g, new in zip(before, gradients, training.parameters, strict=True):
         clipped = g * min(1.0, 1.0 / norm)
@@ -115,7 +121,7 @@ def test_the_norm_told_is_the_one_before_clipping_to_the_limit(models, limit):
     loss = a_loss(training)
     gradients = torch.autograd.grad(loss, training.parameters, retain_graph=True)
     norm = torch.cat([g.double().flatten() for g in gradients]).norm().item()
-    assert training.update(loss) == pytest.approx(norm, rel=1e-4)
+    assert step(training, loss) == pytest.approx(norm, rel=1e-4)
     first_moments = [state["exp_avg"] for state in training.optimizer.state_dict()["state"].values()]
     used = torch.cat([m.double().flatten() for m in first_moments]).norm().item() / 0.1
     assert used == pytest.approx(min(norm, limit), rel=1e-3)

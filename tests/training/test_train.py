@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 from tiny_models import KINDS
-from training_kit import Log, adapt, make_images, make_prior, perturb, run
+from training_kit import UNCONDITIONAL, Log, adapt, make_images, make_prior, perturb, run
 
 from domainstudio.errors import UserError
-from domainstudio.training.methods import METHODS, build_objective
+from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective, Term
 from domainstudio.training.train import TrainConfig, train
 
@@ -29,7 +29,7 @@ def copies(tensors):
     [
         (name, method, ("full", "lora")[(i + j) % 2])  # every pair of model, method and adapter occurs
         for i, name in enumerate(KINDS)
-        for j, method in enumerate(METHODS)
+        for j, method in enumerate(UNCONDITIONAL)
         if method != "ddpm_pa"
     ],
 )
@@ -181,7 +181,7 @@ def test_pictures_are_mirrored_before_they_are_encoded(models):
 
 def test_pairs_are_drawn_anew_from_the_source_samples_each_step(models):
     model, batches = seen(models, objective=build_objective("studio", models("pixel_epsilon")), pair_batch_size=3)
-    prior, picks = make_prior(model), set()
+    prior, picks = make_prior(model).x0, set()
     for _, pairs in batches:
         rows = [next(i for i, p in enumerate(prior) if torch.equal(row, p)) for row in pairs]
         assert len(set(rows)) == 3

@@ -5,9 +5,12 @@ from torch import Tensor
 
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training.methods import build_objective
+from domainstudio.training.methods import METHODS, build_objective
 from domainstudio.training.objective import Batch, Views, look
 from domainstudio.training.train import TrainConfig, Training, train
+
+UNCONDITIONAL = [method for method in METHODS if method != "dreambooth"]
+"""The methods that need no prompts."""
 
 
 def adapt(model: DiffusionModel, adapter: str, seed: int = 0) -> Adaptation:
@@ -38,7 +41,7 @@ def look_at(model, adaptation, objective, num: int = 5, seed: int = 0) -> Views:
     """The views of one batch, as the loop makes them."""
     generator = torch.Generator().manual_seed(seed)
     x0 = model.codec.draw(model.codec.encode(make_images(model, num)), generator)
-    prior = make_prior(model) if objective.pairing == "source_samples" else None
+    prior = make_prior(model) if objective.needs_prior else None
     return look(model, adaptation, objective, Batch(x0), prior, generator)
 
 
@@ -63,7 +66,7 @@ def run(model, adaptation, objective="finetune", steps=2, observers=(), resume=N
     """A short run; `objective` may be a method's name."""
     if isinstance(objective, str):
         objective = build_objective(objective, model)
-    prior = make_prior(model) if objective.pairing == "source_samples" else None
+    prior = make_prior(model) if objective.needs_prior else None
     defaults = {"train_batch_size": 4, "learning_rate": 1e-3, "pair_batch_size": 4}
     config = TrainConfig(max_train_steps=steps, **{**defaults, **settings})
     return train(model, adaptation, make_images(model), objective, config, prior, observers=observers, resume=resume)

@@ -48,7 +48,7 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
     demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
     _option(demo, "--output-dir", type=Path, default=Path("demo"))
-    steps = "100 for a near style, 500 for a far one (default: %(default)s)"
+    steps = "95 for a near style, 500 for a far one (default: %(default)s)"
     _option(demo, "--max-train-steps", type=_positive, default=500, help=steps)
     _option(demo, "--num-images", type=_positive, default=100, help="samples measured of each model")
     demo.set_defaults(run=_demo)
@@ -205,7 +205,7 @@ def _train(args: argparse.Namespace) -> None:
             console.log(f"warning: {warning}")
         drawing = console.part("drawing source samples")
         folder = train_run(recipe, args.resume_from_checkpoint, (console.observe(recipe),), drawing, console.log)
-    print(f"result: {folder.pipeline.resolve()}")
+    print(f"result: {folder.finished().resolve()}")
     print(f"report: domainstudio compare {folder.path} --output {folder.report}")
 
 

@@ -6,16 +6,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from domainstudio.app.draw import draw_from, draw_pictures, source_guidance
+from domainstudio.app.draw import draw_from, draw_pictures, open_result, source_guidance
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import open_domain, open_source
 from domainstudio.app.recipe import Recipe, build_recipe
 from domainstudio.app.runs import train_run
+from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
 from domainstudio.errors import UserError
 from domainstudio.evaluation.entry import ReportEntry
 from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
 from domainstudio.evaluation.report import write_report
+from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sample import TextGuidance
 from domainstudio.training.observers import read_metrics
 from domainstudio.training.train import Observer
 
@@ -27,6 +30,8 @@ METHOD_TITLES = {
     "dreambooth": ("DreamBooth", "the denoising loss and prior preservation"),
     "finetune": ("Plain fine-tuning", "the denoising loss alone"),
 }
+NUM_PROMPTED = 8
+"""Pictures of each caption that models are asked for besides."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many are done, and of how many."""
 
@@ -72,8 +77,12 @@ def compare_runs(
     seed: int = 0,
     protocol: Protocol | None = None,
     progress: Progress | None = None,
+    captions: Sequence[str] = (),
 ) -> Comparison:
     """Puts runs of the same source and training pictures side by side in one report, with its anchors.
+
+    Args:
+        captions: of text-to-image models, what each is asked for besides; the runs in their own style.
 
     Raises:
         UserError: if a run is not finished, or they do not share source and training pictures.
@@ -106,9 +115,13 @@ def compare_runs(
         _part(progress, "sampling the source"),
         None if source.condition is None else source_guidance(recipe, num_images),
     )
-    entries = [_entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")]
+    entry = _entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")
+    entries = [replace(entry, prompted=_prompted(source, recipe, captions, seed, in_style=False))]
     for folder, run_recipe, title in zip(folders, recipes, _titles(folders, recipes), strict=True):
-        entries.append(_run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress))
+        own = _run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress)
+        if captions:
+            own = replace(own, prompted=_prompted(open_result(folder), run_recipe, captions, seed, in_style=True))
+        entries.append(own)
     copies = training.repeat(-(-num_images // len(training)), 1, 1, 1)[:num_images]
     note = "the training pictures themselves, handed back"
     entries.append(_entry("Copier", note, copies, evaluator.copier(num_images), "copier"))
@@ -184,6 +197,19 @@ def _run_entry(
     sheets = sorted(folder.samples.glob("step_*"))
     previews = [(int(sheet.name.removeprefix("step_")), read_pictures(sheet)) for sheet in sheets]
     return replace(entry, losses=tuple(read_metrics(folder.metrics)), previews=tuple(previews))
+
+
+def _prompted(
+    model: DiffusionModel, recipe: Recipe, captions: Sequence[str], seed: int, in_style: bool
+) -> tuple[tuple[str, Tensor], ...]:
+    """Pictures of each caption; `in_style` says it as the run says what its training pictures are."""
+    shown = []
+    for caption in captions:
+        told = fill(recipe.instance_prompt or "{caption}", caption) if in_style else caption
+        guidance = TextGuidance([told], recipe.guidance_scale, recipe.negative_prompt)
+        pictures = draw_from(model, NUM_PROMPTED, seed, recipe.num_inference_steps, guidance=guidance)
+        shown.append((caption, pictures))
+    return tuple(shown)
 
 
 def _entry(title: str, note: str, images: Tensor, evaluation: Evaluation, kind) -> ReportEntry:

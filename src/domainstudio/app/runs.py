@@ -96,7 +96,7 @@ def train_run(
         _train_config(recipe),
         prior=None if samples is None else samples.encoded(model),
         prompts=pictures.encoded(model),
-        observers=(*_watchers(folder, model, recipe), *observers),
+        observers=(*_watchers(folder, model, adaptation, recipe), *observers),
         resume=resume,
         accelerator=accelerator,
     )
@@ -124,7 +124,7 @@ def _train_config(recipe: Recipe) -> TrainConfig:
     )
 
 
-def _watchers(folder: RunFolder, model: DiffusionModel, recipe: Recipe) -> tuple[Observer, ...]:
+def _watchers(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, recipe: Recipe) -> tuple[Observer, ...]:
     num_images, last = recipe.num_validation_images, recipe.max_train_steps
     sheets = SampleSheets(
         folder.samples,
@@ -135,6 +135,7 @@ def _watchers(folder: RunFolder, model: DiffusionModel, recipe: Recipe) -> tuple
         recipe.seed,
         recipe.num_inference_steps,
         None if model.condition is None else validation_guidance(recipe, num_images),
+        adaptation if model.condition is not None and isinstance(adaptation, LoraAdaptation) else None,
     )
     checkpoints = Checkpoints(folder.path, recipe.checkpointing_steps, last, recipe.checkpoints_total_limit)
     return MetricsLog(folder.metrics), sheets, checkpoints

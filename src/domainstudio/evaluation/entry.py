@@ -25,6 +25,7 @@ class ReportEntry:
         distances: for each image, the LPIPS distance to that picture; may be empty.
         losses: one mapping a logged step: `step`, `loss` and the named terms.
         previews: (step, (K, 3, H, W)) samples from fixed noise over training.
+        prompted: (prompt, (K, 3, H, W)) samples of each of the prompts that all entries were asked for.
     """
 
     title: str
@@ -36,6 +37,7 @@ class ReportEntry:
     distances: tuple[float, ...] = ()
     losses: tuple[dict[str, float], ...] = ()
     previews: tuple[tuple[int, Tensor], ...] = ()
+    prompted: tuple[tuple[str, Tensor], ...] = ()
 
     def __post_init__(self):
         for name in ("nearest", "distances"):

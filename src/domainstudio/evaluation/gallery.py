@@ -38,6 +38,24 @@ def noise_gallery(entries: Sequence[ReportEntry]) -> str:
     return f'<div class="scroll"><div class="noise">{rows}</div></div>'
 
 
+def prompt_gallery(entries: Sequence[ReportEntry]) -> str:
+    """For each prompt, a row of pictures of each entry that was asked for it."""
+    asked = [entry for entry in entries if entry.prompted]
+    prompts = dict.fromkeys(prompt for entry in asked for prompt, _ in entry.prompted)
+    parts = ""
+    for prompt in prompts:
+        rows = "".join(
+            f'<p class="caption">{escape(entry.title)}</p><div class="row">'
+            + "".join(_img(image, f"{entry.title}: {prompt}") for image in images[:MAX_NOISES])
+            + "</div>"
+            for entry in asked
+            for own, images in entry.prompted
+            if own == prompt
+        )
+        parts += f'<h3>{escape(prompt)}</h3><div class="scroll"><div class="noise">{rows}</div></div>'
+    return parts
+
+
 def nearest_gallery(entry: ReportEntry, training: Tensor) -> str:
     """Samples above their nearest training picture, the closest first, suspected copies outlined."""
     if not entry.nearest or not entry.distances:

@@ -75,6 +75,20 @@ def pairwise_lpips(a: Tensor, b: Tensor) -> Tensor:
     return (norms_a[:, None] + norms_b - 2 * (a @ b.T)).clamp(min=0)
 
 
+def drift(adapted: Tensor, source: Tensor) -> float:
+    """Mean LPIPS distance between what the adapted model and its source draw of the same prompt and noise.
+
+    0 is no drift: prompts that have nothing to do with the training pictures should give the same pictures as before.
+
+    Args:
+        adapted, source: (N, D) LPIPS embeddings, row i of both from the same prompt and noise.
+
+    Source: the word and the idea are PEFT's (image generation comparison), which measures it with DINOv2 features.
+    Trap: grows with guidance and fewer denoising steps; compare only values drawn with the same settings.
+    """
+    return float((adapted.double() - source.double()).square().sum(1).mean())
+
+
 def nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
     """(N, M) distances -> the smallest of every row (N,) and its column (N,)."""
     values, indices = distances.min(dim=1)

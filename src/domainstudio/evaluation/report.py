@@ -9,7 +9,7 @@ from torch import Tensor
 
 from domainstudio.evaluation.charts import loss_charts
 from domainstudio.evaluation.entry import ReportEntry, diversity_gap, find_real, is_copying, percent, plain
-from domainstudio.evaluation.gallery import filmstrip, nearest_gallery, noise_gallery, training_gallery
+from domainstudio.evaluation.gallery import filmstrip, nearest_gallery, noise_gallery, prompt_gallery, training_gallery
 from domainstudio.evaluation.verdict import judge
 
 __all__ = ["ReportEntry", "write_report"]
@@ -67,7 +67,7 @@ def write_report(
 def _sections(training: Tensor, entries: Sequence[ReportEntry], details: Mapping[str, str]) -> list[str]:
     judged = [entry for kind in ("result", "real") for entry in entries if entry.kind == kind]
     nearest = "".join(nearest_gallery(entry, training) for entry in judged if entry.kind == "result" or entry.nearest)
-    noise = noise_gallery(entries)
+    noise, prompted = noise_gallery(entries), prompt_gallery(entries)
     return [
         _section("Training pictures", "All that the models were given of the domain.", training_gallery(training)),
         _section("The numbers", "", _table(entries) + _how_to_read() + _protocols(entries)) if entries else "",
@@ -78,6 +78,14 @@ def _sections(training: Tensor, entries: Sequence[ReportEntry], details: Mapping
             noise,
         )
         if noise
+        else "",
+        _section(
+            "Asked for something else",
+            "What each model draws of other prompts, from the same noise: a good adaptation follows the words in the "
+            "new style.",
+            prompted,
+        )
+        if prompted
         else "",
         _section(
             "Samples and their nearest training pictures",

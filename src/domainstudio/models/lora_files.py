@@ -49,6 +49,15 @@ def save_diffusers_lora(adaptation: LoraAdaptation, folder: Path) -> Path:
     return folder / DIFFUSERS_LORA_FILE
 
 
+def pass_through_file(adaptation: LoraAdaptation, folder: Path) -> None:
+    """Writes the adapters as users get them and reads them back, so that what is drawn next is what the file gives."""
+    own = adaptation.state()
+    read = _parts(load_file(save_diffusers_lora(adaptation, folder)))
+    parts = _parts(own)
+    back = {id(parts[part][name]): tensor for part, tensors in read.items() for name, tensor in tensors.items()}
+    adaptation.load_state({name: back[id(tensor)] for name, tensor in own.items()})
+
+
 def save_kohya_lora(
     diffusers_file: Path, path: Path, rank: int, lora_alpha: float, metadata: Mapping[str, str] | None = None
 ) -> None:

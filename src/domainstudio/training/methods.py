@@ -207,6 +207,8 @@ def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_nois
 def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gamma: float) -> Tensor:
     """L_simple's weight under min-SNR-gamma, (B,): min(SNR, gamma) times the error of x0 that the output's error means.
 
+    Undefined for epsilon at alpha = 0, as x0 is.
+
     Source: Hang et al. 2023 (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
     """
     snr = (alpha / sigma).square()

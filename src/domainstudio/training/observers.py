@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from domainstudio.data.domain import to_pil
+from domainstudio.models.adaptation import LoraAdaptation
+from domainstudio.models.lora_files import pass_through_file
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import TextGuidance, decode, sample
 from domainstudio.training.state import save_checkpoint, written_whole
@@ -44,7 +46,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class SampleSheets:
-    """Writes samples/step_N/ from the same noise every time: before the first step, every `every` steps, at the end."""
+    """Writes samples/step_N/ from the same noise every time: before the first step, every `every` steps, at the end.
+
+    With `lora` (of a text-to-image model), each holds the LoRA file too, from which its pictures are drawn.
+    """
 
     def __init__(
         self,
@@ -56,10 +61,12 @@ class SampleSheets:
         seed: int,
         num_inference_steps: int,
         guidance: TextGuidance | None = None,
+        lora: LoraAdaptation | None = None,
     ):
         self.folder, self.model = folder, model
         self.num_images, self.every, self.last = num_images, every, last
-        self.seed, self.num_inference_steps, self.guidance = seed, num_inference_steps, guidance
+        self.seed, self.num_inference_steps = seed, num_inference_steps
+        self.guidance, self.lora = guidance, lora
 
     def __call__(self, event: StepEvent) -> None:
         """Samples with the averaged weights when a sheet is due."""
@@ -67,7 +74,9 @@ class SampleSheets:
         due = event.step % self.every == 0 or event.step == self.last
         if not due or (not event.metrics and folder.exists()):
             return
-        with event.averaged() as network:
+        with event.averaged() as network, written_whole(folder) as sheet:
+            if self.lora is not None:
+                pass_through_file(self.lora, sheet)
             x0 = sample(
                 self.model,
                 network,
@@ -76,8 +85,7 @@ class SampleSheets:
                 self.num_inference_steps,
                 guidance=self.guidance,
             )
-        images = decode(self.model, x0, next(network.parameters()).device)
-        with written_whole(folder) as sheet:
+            images = decode(self.model, x0, next(network.parameters()).device)
             for index, image in enumerate(to_pil(images)):
                 image.save(sheet / f"{index:03d}.png")
 
