@@ -63,11 +63,8 @@ def released_steps(model: DiffusionModel, batch_size: int, count: int) -> Iterat
         alpha, sigma = model.schedule.levels(t)
         x_t = add_noise(x0, noise, alpha, sigma)
         output = network(x_t, t, told).sample
-        return (
-            output,
-            target(model.prediction, x0, noise, alpha, sigma),
-            to_x0(model.prediction, output, x_t, alpha, sigma),
-        )
+        estimate = to_x0(model.prediction, output, x_t, alpha, sigma)
+        return output, target(model.prediction, x0, noise, alpha, sigma), estimate
 
     def similarities(images: Tensor) -> Tensor:
         rows = []
@@ -79,12 +76,11 @@ def released_steps(model: DiffusionModel, batch_size: int, count: int) -> Iterat
     for _ in range(count):
         began = time.perf_counter()
         output, wanted, _ = noised(model.schedule.sample_t(2 * batch_size, generator).to(device))
-        loss = F.mse_loss(output[:batch_size], wanted[:batch_size]) + F.mse_loss(
-            output[batch_size:], wanted[batch_size:]
-        )
+        halves = slice(batch_size), slice(batch_size, None)
+        loss = F.mse_loss(output[halves[0]], wanted[halves[0]]) + F.mse_loss(output[halves[1]], wanted[halves[1]])
         _, _, x0 = noised(model.schedule.sample_t(1, generator).expand(2 * batch_size).to(device))
         decode = model.codec.vae.decode  # the scale of the latents is not undone there
-        own, others = decode(x0[:batch_size]).sample, decode(x0[batch_size:]).sample
+        own, others = (decode(x0[half]).sample for half in halves)
         for student, source in ((own, others), (high_frequency(own), high_frequency(others))):
             loss = loss + 100 * criterion(similarities(student).log(), similarities(source))
         loss = loss + 0.1 * F.mse_loss(high_frequency(own), high_frequency(pictures(model, batch_size).to(device)))

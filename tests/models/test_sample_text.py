@@ -56,6 +56,11 @@ def disturbed(network):
     return other
 
 
+def style_of(model, network, prompts, strength):
+    """The style guidance away from `network`, as it was before it was adapted."""
+    return StyleGuidance(network, prompts, strength)
+
+
 both = pytest.mark.parametrize("name", ["sd1_epsilon", "sd2_v"])
 
 
@@ -106,7 +111,7 @@ def test_a_negative_prompt_leads_away_from_it(text_models):
 def test_style_guidance_is_that_of_the_formula(text_models, name, scale):
     model = text_models(name)
     source = disturbed(model.network)
-    style = StyleGuidance(source, ["a portrait", "a dog", "hair"], strength=0.7)
+    style = style_of(model, source, ["a portrait", "a dog", "hair"], 0.7)
     ours = draw(model, TextGuidance(PROMPTS, scale, style=style))
     prompt, empty, plain = says(model, PROMPTS), says(model, [""] * 3), says(model, style.source_prompts, source)
 
@@ -119,7 +124,7 @@ def test_style_guidance_is_that_of_the_formula(text_models, name, scale):
 
 def test_a_source_that_is_the_model_pushes_nowhere(text_models):
     model = text_models()
-    style = StyleGuidance(model.network, PROMPTS, strength=5.0)
+    style = style_of(model, model.network, PROMPTS, 5.0)
     pushed = draw(model, TextGuidance(PROMPTS, 3.0, style=style))
     torch.testing.assert_close(pushed, draw(model, TextGuidance(PROMPTS, 3.0)), rtol=1e-5, atol=1e-5)
 
@@ -127,8 +132,8 @@ def test_a_source_that_is_the_model_pushes_nowhere(text_models):
 def test_one_prompt_is_meant_for_every_picture(text_models):
     model = text_models()
     source = disturbed(model.network)
-    one = TextGuidance(["a dog"], 3.0, style=StyleGuidance(source, ["a man"], 1.0))
-    each = TextGuidance(["a dog"] * 3, 3.0, style=StyleGuidance(source, ["a man"] * 3, 1.0))
+    one = TextGuidance(["a dog"], 3.0, style=style_of(model, source, ["a man"], 1.0))
+    each = TextGuidance(["a dog"] * 3, 3.0, style=style_of(model, source, ["a man"] * 3, 1.0))
     assert torch.equal(draw(model, one), draw(model, each))
 
 
@@ -138,13 +143,13 @@ def test_another_number_of_prompts_is_refused(text_models, num):
     with pytest.raises(UserError, match=f"{num} prompts for 3 pictures; give one, or one a picture"):
         draw(model, TextGuidance(["a dog"] * num))
     with pytest.raises(UserError, match=f"{num} prompts for 3 pictures"):
-        draw(model, TextGuidance(["a dog"], style=StyleGuidance(model.network, ["a dog"] * num, 1.0)))
+        draw(model, TextGuidance(["a dog"], style=style_of(model, model.network, ["a dog"] * num, 1.0)))
 
 
 @both
 def test_a_picture_follows_from_seed_number_and_prompt_whatever_the_batch_size(text_models, name):
     model = text_models(name)
-    style = StyleGuidance(disturbed(model.network), ["a man", "a dog", "red hair"], 0.5)
+    style = style_of(model, disturbed(model.network), ["a man", "a dog", "red hair"], 0.5)
     guidance = TextGuidance(PROMPTS, 3.0, "a man", style)
     whole = draw(model, guidance)
     for size in (1, 2):

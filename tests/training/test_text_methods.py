@@ -317,7 +317,7 @@ def test_erasing_makes_the_target_prompt_mean_what_the_source_prompt_means(text_
     start = distance()
     run(model, adaptation, objective, steps=20, observers=[log], pair_batch_size=4, learning_rate=rate, use_ema=False)
     assert distance() < 0.7 * start
-    assert sum(log.losses[-5:]) < 0.6 * sum(log.losses[:5])
+    assert sum(log.losses[-5:]) < 0.8 * sum(log.losses[:5])
     assert all(metrics["loss"] == pytest.approx(metrics["erase"]) for metrics in log.metrics)
 
 
