@@ -174,7 +174,7 @@ def tiny_bundle(monkeypatch, pipelines):
         quick = {name: value for name, value in FAST.items() if name not in ("max_train_steps", "validation_steps")}
         return build(path, {**settings, **quick})
 
-    monkeypatch.setattr("domainstudio.app.compare.build_recipe", fast)
+    monkeypatch.setattr("domainstudio.app.demo.build_recipe", fast)
 
 
 @pytest.mark.usefixtures("stubs", "tiny_bundle")

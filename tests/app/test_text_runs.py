@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from command_line import domainstudio, flags, metrics, succeeds, tree
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -127,6 +128,33 @@ def _same_lora(one, other):
     ours, theirs = load_file(one / LORA), load_file(other / LORA)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+class TestMixedPrecision:
+    @pytest.fixture(autouse=True)
+    def _forget(self):
+        """Accelerate keeps one precision for the whole process."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    @pytest.mark.parametrize("adapter", ["lora", "full"])
+    def test_a_run_in_bf16_ends_near_that_in_float32(self, recipe, tmp_path, adapter):
+        settings = {"adapter": adapter, "train_text_encoder": True, "gradient_checkpointing": True, "space": "crop"}
+        settings |= {"max_train_steps": 2, "num_validation_images": 1, "learning_rate": 1e-3}
+        losses, drawn = [], []
+        for precision in ("no", "bf16"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            own = recipe(**settings, mixed_precision=precision, output_dir=str(tmp_path / precision))
+            folder = train_run(own)
+            losses.append([record["loss"] for record in metrics(folder.path)])
+            drawn.append(pixels(folder.samples / "step_000002"))
+            if adapter == "lora":
+                assert {tensor.dtype for tensor in load_file(folder.diffusers_lora).values()} == {torch.float32}
+            assert open_result(folder).network.dtype == torch.float32
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)
+        assert losses[0] != losses[1]
+        assert abs(drawn[0] - drawn[1]).mean() < 3
 
 
 class TestMistakes:

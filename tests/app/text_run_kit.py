@@ -31,4 +31,4 @@ def text_lora_run(train_text) -> Path:
 @pytest.fixture(scope="session")
 def text_full_run(train_text) -> Path:
     """DreamBooth of all weights."""
-    return train_text("text_full", "sd2_v", method="dreambooth", learning_rate=1e-3)
+    return train_text("text_full", "sd2_v", adapter="full", method="dreambooth", learning_rate=1e-3)

@@ -107,6 +107,7 @@ class TestAlternatives:
             ("a {man|woman}", {"a man", "a woman"}),
             ("{a|b|c}{1|2}", {"a1", "a2", "b1", "b2", "c1", "c2"}),
             ("a {red|} dog", {"a red dog", "a dog"}),
+            ("a dog {in ink|}, big", {"a dog in ink, big", "a dog, big"}),
             ("{|old} man{| with hair}, {|big}", {"man,", "man, big", "man with hair,", "man with hair, big"}
              | {"old man,", "old man, big", "old man with hair,", "old man with hair, big"}),
             ("a {dog|{red|blue} cat}", {"a dog", "a red cat", "a blue cat"}),

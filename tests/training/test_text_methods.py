@@ -396,6 +396,7 @@ def test_noise_offset_adds_one_constant_to_each_channel(text_models):
     torch.testing.assert_close(added, constants.expand_as(added), rtol=0, atol=1e-4)
     assert constants.std().item() == pytest.approx(0.3, rel=0.1)  # of 800: 0.3 ± 0.008
     assert abs(constants.mean().item()) < 0.04
+    assert constants.flatten(1).std(1).mean() > 0.2, "each channel of a picture has its own"
     torch.testing.assert_close(moved.target.double(), noise_of(moved), rtol=0, atol=1e-4)
     assert noise_of(moved).var().item() == pytest.approx(1 + 0.3**2, rel=0.05)
 

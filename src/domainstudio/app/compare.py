@@ -1,4 +1,4 @@
-"""Use cases that measure: evaluate a run or a folder of pictures, compare several, and the demonstration."""
+"""Use cases that measure: evaluate a run or a folder of pictures, compare several runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +9,7 @@ from torch import Tensor
 from domainstudio.app.draw import draw_from, draw_pictures, open_result, source_guidance
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import open_domain, open_source
-from domainstudio.app.recipe import Recipe, build_recipe
-from domainstudio.app.runs import train_run
+from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
 from domainstudio.errors import UserError
@@ -20,7 +19,6 @@ from domainstudio.evaluation.report import write_report
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import TextGuidance
 from domainstudio.training.observers import read_metrics
-from domainstudio.training.train import Observer
 
 METHOD_TITLES = {
     "studio": ("DomainStudio", "our default: centred pairs of noised source samples, little weight on high noise"),
@@ -138,48 +136,6 @@ def compare_runs(
         details=_details(folders, recipes, num_images, seed),
     )
     return Comparison(output, tuple(entries))
-
-
-def demo(
-    output_dir: Path,
-    domain: str = "bundled:ink",
-    max_train_steps: int = 500,
-    num_images: int = 100,
-    observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
-    progress: Progress | None = None,
-    log: Callable[[str], None] = lambda message: None,
-) -> Comparison:
-    """Plain fine-tuning against DomainStudio on a bundled domain, from the bundled source, with a report.
-
-    Finished runs in `output_dir` with the same recipe are kept, so that a second call only measures again.
-    """
-    runs = []
-    for method in ("finetune", "studio"):
-        run = output_dir / method
-        settings = {
-            "instance_data_dir": domain,
-            "output_dir": str(run),
-            "method": method,
-            "max_train_steps": max_train_steps,
-            "validation_steps": max(1, max_train_steps // 4),
-            "num_validation_images": 8,
-        }
-        recipe = build_recipe(None, settings)
-        log(f"training {METHOD_TITLES[method][0]} on {domain}, {max_train_steps} steps")
-        if not _is_finished(run, recipe):
-            resume = "latest" if run.is_dir() and any(run.iterdir()) else None
-            train_run(recipe, resume, observers(recipe), _part(progress, "drawing source samples"), log)
-        runs.append(run)
-    return compare_runs(runs, output_dir / "report.html", num_images=num_images, progress=progress)
-
-
-def _is_finished(run: Path, recipe: Recipe) -> bool:
-    folder = RunFolder(run)
-    if not folder.config.is_file():
-        return False
-    if folder.recipe() != recipe:
-        raise UserError(f"{run} holds a run with other settings; give a new --output-dir, or remove it")
-    return folder.pipeline.is_dir()
 
 
 def _run_entry(

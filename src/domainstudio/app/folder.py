@@ -79,6 +79,11 @@ class RunFolder:
             )
         return build_recipe(self.config, {})
 
+    @property
+    def has_result(self) -> bool:
+        """Whether training has finished."""
+        return self.diffusers_lora.is_file() or (self.pipeline / "model_index.json").is_file()
+
     def finished(self) -> Path:
         """The result: the pipeline's folder, or the LoRA of a text-to-image model.
 
@@ -86,14 +91,12 @@ class RunFolder:
             UserError: if training has not finished.
         """
         self.recipe()
-        if self.diffusers_lora.is_file():
-            return self.diffusers_lora
-        if not (self.pipeline / "model_index.json").is_file():
+        if not self.has_result:
             raise UserError(
                 f"{self.path} has no result yet; continue it with: "
                 f"domainstudio train {self.config} --resume-from-checkpoint latest"
             )
-        return self.pipeline
+        return self.diffusers_lora if self.diffusers_lora.is_file() else self.pipeline
 
 
 def find_start(folder: RunFolder, recipe: Recipe, resume: str | None, log: Callable[[str], None]) -> TrainState | None:

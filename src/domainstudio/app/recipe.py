@@ -15,6 +15,17 @@ from domainstudio.training.methods import Method
 from domainstudio.training.objective import Pairing, Space
 from domainstudio.training.train import MixedPrecision, OptimizerName
 
+TEXT_DEFAULTS = {
+    "adapter": "lora",
+    "max_train_steps": 500,
+    "train_batch_size": 4,
+    "pair_batch_size": 4,
+    "checkpointing_steps": 100,
+    "validation_steps": 100,
+    "num_validation_images": 8,
+}
+"""Of recipes with an instance_prompt, for Stable Diffusion's size; the learning rate is 1e-4 (LoRA) or 5e-6 (full)."""
+
 
 class Recipe(BaseModel):
     """Every setting of a run. None means: chosen from the method, the adapter or the model."""
@@ -93,6 +104,15 @@ class Recipe(BaseModel):
     negative_prompt: str = Field("", description="what previews and measurements are led away from")
     guidance_scale: float = Field(7.5, ge=1, description="classifier-free guidance when sampling; 1 is none")
     num_inference_steps: int = Field(25, ge=1, description="denoising steps when sampling")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_text_models(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("instance_prompt") is None:
+            return given
+        lr = 5e-6 if given.get("adapter") == "full" else 1e-4
+        lr = {} if given.get("optimizer") == "prodigy" else {"learning_rate": lr}
+        return {**TEXT_DEFAULTS, **lr, **{name: value for name, value in given.items() if value is not None}}
 
     @model_validator(mode="after")
     def _settings_that_clash(self) -> "Recipe":
