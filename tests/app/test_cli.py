@@ -12,6 +12,7 @@ from domainstudio.app.recipe import build_recipe
 # Frozen: scripts depend on these names.
 TRAIN_FLAGS = [
     "--pretrained-model-name-or-path",
+    "--single-file-config",
     "--instance-data-dir",
     "--output-dir",
     "--instance-prompt",

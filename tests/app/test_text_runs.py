@@ -165,11 +165,12 @@ class TestMistakes:
         [
             ({"instance_prompt": None}, ("is a text-to-image model", "say what your pictures are with an")),
             ({"class_prompt": None}, ("method studio draws pictures from the source", "class_prompt")),
-            ({"class_prompt": None, "method": "domainstudio"}, ("method domainstudio draws", "class_prompt")),
+            ({"class_prompt": None, "method": "domainstudio"}, ("method domainstudio asks the source", "class_prompt")),
             ({"class_prompt": None, "method": "finetune", "erase_steps": 1}, ("class_prompt",)),
             ({"captions": "folder"}, ("captions='folder'", "has no {caption}")),
             ({"captions": "files", "instance_prompt": "{caption}, xyz style"}, ("not one of 10 pictures has one",)),
             ({"class_prompt": None, "instance_prompt": "{caption}, xyz style"}, ("0.png has no caption",)),
+            ({"instance_prompt": "a {man|woman}"}, ("cannot leave a choice", "prior_prompt")),
             ({"instance_prompt": "a " * 30}, ("has 32 tokens; the model reads 16",)),
             ({"prior_prompt": "a " * 30}, ("has 32 tokens; the model reads 16",)),
             ({"validation_prompt": "a " * 30}, ("has 32 tokens; the model reads 16",)),
@@ -224,7 +225,8 @@ class TestPrompts:
                 ["a man", "a portrait", "a woman"],
             ),
             (
-                {"instance_prompt": "{caption}, xyz style", "captions": "folder", "class_prompt": None},
+                {"instance_prompt": "{caption}, xyz style", "captions": "folder", "class_prompt": None}
+                | {"validation_prompt": "a man"},
                 ["red dog, xyz style"] * 3,
                 ["red dog"] * 3,
             ),

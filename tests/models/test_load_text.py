@@ -89,13 +89,24 @@ class TestSingleFiles:
             assert all(torch.equal(theirs[key], ours[key]) for key in ours)
         assert torch.equal(opened.encode_prompts(["a red dog"]), model.encode_prompts(["a red dog"]))
 
+    def test_a_given_configuration_is_taken_instead_of_a_guess(self, text_models, text_pipelines, tmp_path):
+        save_file(ldm_state(text_models("sd2_v").pipeline), tmp_path / "model.safetensors")
+        assert load_model(tmp_path / "model.safetensors", config=text_pipelines("sd2_v")).prediction == "v"
+
+    def test_a_folder_has_its_own_configuration(self, text_pipelines):
+        with pytest.raises(UserError, match="is for a model in a single file"):
+            load_model(text_pipelines("sd1_epsilon"), config=text_pipelines("sd2_v"))
+
     def test_offline_it_is_said_where_the_configuration_comes_from(self, text_models, tmp_path, monkeypatch):
         def offline(*args, **kwargs):
             raise LocalEntryNotFoundError("the hub cannot be reached")
 
         monkeypatch.setattr(single_file, "_download_diffusers_model_config_from_hub", offline)
         save_file(ldm_state(text_models().pipeline), tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match=r"model\.safetensors'.*cannot be reached.*Offline, give a pipeline folder"):
+        with pytest.raises(
+            UserError,
+            match=r"model\.safetensors'.*cannot be reached.*the pipeline folder that single_file_config names",
+        ):
             load_model(tmp_path / "model.safetensors")
 
     @pytest.mark.parametrize("suffix", [".bin", ".pt", ".gguf", ".zip", ""])

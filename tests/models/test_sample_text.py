@@ -1,6 +1,7 @@
 """Sampling from prompts: guidance, negative prompts, style guidance, and who is told what."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def disturbed(network):
 
 def style_of(model, network, prompts, strength):
     """The style guidance away from `network`, as it was before it was adapted."""
-    return StyleGuidance(network, prompts, strength)
+    return StyleGuidance(dataclasses.replace(model, network=network), prompts, strength)
 
 
 both = pytest.mark.parametrize("name", ["sd1_epsilon", "sd2_v"])

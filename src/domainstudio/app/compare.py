@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domainstudio.app.draw import draw_from, draw_pictures, open_result, source_guidance
 from domainstudio.app.folder import RunFolder
-from domainstudio.app.materials import open_domain, open_source
+from domainstudio.app.materials import open_domain, recipe_source
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
@@ -100,7 +100,7 @@ def compare_runs(
     for folder in folders:
         folder.finished()
     recipe = recipes[0]
-    source = open_source(recipe.pretrained_model_name_or_path)
+    source = recipe_source(recipe)
     training = open_domain(recipe, source).images
     reference = _reference(recipe.instance_data_dir, reference_dir, source.resolution)
     evaluator = Evaluator(training, reference, protocol or Protocol(), progress)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from domainstudio.app.folder import RunFolder
-from domainstudio.app.materials import open_source
+from domainstudio.app.materials import recipe_source
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import draw_alternatives, fill
 from domainstudio.data.domain import to_pil
@@ -90,7 +90,7 @@ def open_result(folder: RunFolder, device: torch.device | str = "cpu") -> Diffus
     result = folder.finished()
     if result == folder.pipeline:
         return load_model(result, device)
-    model = open_source(folder.recipe().pretrained_model_name_or_path, device)
+    model = recipe_source(folder.recipe(), device)
     load_lora(model, result)
     return model
 
@@ -135,7 +135,7 @@ def _guidance(ask: Ask, recipe: Recipe | None, run: Path, num_images: int) -> Te
             "--style-strength compares with the source model: it needs a run folder, and a --source-prompt (what to "
             "draw without its style) where the run has no class_prompt"
         )
-    source = open_source(recipe.pretrained_model_name_or_path, _device()).network
+    source = recipe_source(recipe, _device())
     style = StyleGuidance(source, _drawn(source_prompt, num_images), ask.style_strength)
     return TextGuidance(guidance.prompts, guidance.scale, guidance.negative_prompt, style)
 

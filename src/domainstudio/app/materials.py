@@ -23,10 +23,15 @@ POOL_SEED = 500_000
 """Added to the run's seed for source samples, so that they are far from those that results are sampled with."""
 
 
-def open_source(name_or_path: str, device: torch.device | str = "cpu") -> DiffusionModel:
-    """A source model by folder, file, hub name or `bundled:NAME`."""
+def open_source(name_or_path: str, device: torch.device | str = "cpu", config: str | None = None) -> DiffusionModel:
+    """A source model by folder, file (with its configuration), hub name or `bundled:NAME`."""
     name = strip_prefix(name_or_path)
-    return load_model(name_or_path if name is None else bundled_model(name), device)
+    return load_model(name_or_path if name is None else bundled_model(name), device, config)
+
+
+def recipe_source(recipe: Recipe, device: torch.device | str = "cpu") -> DiffusionModel:
+    """The source model of a recipe."""
+    return open_source(recipe.pretrained_model_name_or_path, device, recipe.single_file_config)
 
 
 def open_domain(recipe: Recipe, model: DiffusionModel) -> Domain:
@@ -76,6 +81,11 @@ def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], No
             'instance_prompt, such as "a portrait in sks style", and what the same is without their style or subject '
             'with a class_prompt, such as "a portrait"'
         )
+    if "|" in recipe.instance_prompt:
+        raise UserError(
+            f"instance_prompt {recipe.instance_prompt!r} says what your pictures are: it cannot leave a choice; "
+            "alternatives belong in prior_prompt and validation_prompt"
+        )
     pictures = _with_prompts(recipe, domain)
     if recipe.subject_data_dir is not None:
         assert recipe.subject_prompt is not None
@@ -94,6 +104,11 @@ def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], No
 def _with_prompts(recipe: Recipe, domain: Domain) -> TrainingPictures:
     template, fallback = recipe.instance_prompt or "", recipe.class_prompt
     captions = read_captions(domain.paths[0].parent, domain.paths, recipe.captions)
+    if fallback is None and recipe.captions == "none" and recipe.pairs == "training":
+        raise UserError(
+            f"method {recipe.method} asks the source model about your pictures without their style or subject; say "
+            'what they are then with a class_prompt, such as "a portrait"'
+        )
     if "{caption}" not in template and recipe.captions != "none":
         raise UserError(
             f"captions={recipe.captions!r}, but instance_prompt {template!r} has no {{caption}} to put them in; write, "
@@ -104,6 +119,10 @@ def _with_prompts(recipe: Recipe, domain: Domain) -> TrainingPictures:
         if own is None and fallback is None and "{caption}" in template:
             raise UserError(f"{path.name} has no caption; write one, or give a class_prompt that stands in for it")
         told.append(own or fallback or "")
+    if "{caption}" in template and not (recipe.validation_prompt or recipe.prior_prompt or fallback):
+        raise UserError(
+            f"instance_prompt {template!r} needs a caption for previews; give a class_prompt or a validation_prompt"
+        )
     source = told if fallback is None or "{caption}" in template else [fallback] * len(told)
     return TrainingPictures(domain.images, tuple(fill(template, caption) for caption in told), tuple(source))
 

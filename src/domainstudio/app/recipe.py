@@ -35,6 +35,9 @@ class Recipe(BaseModel):
     pretrained_model_name_or_path: str = Field(
         "bundled:avatars", description="source: pipeline folder, hub name or bundled:NAME"
     )
+    single_file_config: str | None = Field(
+        None, description="of a model in one file: pipeline folder or hub name with its configuration; default: guessed"
+    )
     instance_data_dir: str = Field(description="folder of training pictures, or bundled:NAME")
     output_dir: str = Field("runs/latest", description="run folder")
     instance_prompt: str | None = Field(

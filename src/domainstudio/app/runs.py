@@ -8,8 +8,15 @@ from accelerate import Accelerator
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
-from domainstudio.app.materials import draw_source_samples, open_pictures, open_source
+from domainstudio.app.materials import (
+    TrainingPictures,
+    draw_source_samples,
+    open_pictures,
+    prior_prompts,
+    recipe_source,
+)
 from domainstudio.app.recipe import Recipe
+from domainstudio.data.captions import fill
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.condition import TextDenoiser
 from domainstudio.models.load import save_pipeline
@@ -20,7 +27,7 @@ from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheets
 from domainstudio.training.state import written_whole
-from domainstudio.training.train import Observer, TrainConfig, Training, train
+from domainstudio.training.train import Observer, TrainConfig, Training, find_optimizer, train
 
 
 def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> Adaptation:
@@ -71,9 +78,13 @@ def train_run(
     folder = RunFolder(Path(recipe.output_dir))
     resume = find_start(folder, recipe, resume_from_checkpoint, log)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    model = open_source(recipe.pretrained_model_name_or_path, accelerator.device)
+    model = recipe_source(recipe, accelerator.device)
     pictures = open_pictures(recipe, model, log)
     objective = recipe_objective(recipe, model)
+    find_optimizer(recipe.optimizer)
+    draws = objective.needs_prior or recipe.erase_steps > 0
+    if model.condition is not None:  # prompts that cannot be used are told now
+        model.encode_prompts(_all_prompts(recipe, pictures, draws))
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is not None:
         drop_what_follows(folder, resume.step, recipe.max_train_steps)
@@ -81,7 +92,7 @@ def train_run(
     partial.write_text(recipe.to_toml(), encoding="utf-8")
     partial.replace(folder.config)
     samples = None
-    if objective.needs_prior or recipe.erase_steps:  # drawn before an adapter is put into the network
+    if draws:  # drawn before an adapter is put into the network
         samples = draw_source_samples(folder, model, recipe, drawing)
     if recipe.train_text_encoder:
         model = model.with_text_encoder()
@@ -102,6 +113,21 @@ def train_run(
     )
     _save_result(folder, model, run)
     return folder
+
+
+def _all_prompts(recipe: Recipe, pictures: TrainingPictures, draws: bool) -> list[str]:
+    """Whatever the text encoder will be asked for in a run."""
+    previews = validation_guidance(recipe, recipe.num_validation_images)
+    prior = prior_prompts(recipe) if draws else []
+    told = [fill(recipe.instance_prompt or "", prompt) for prompt in prior]
+    return [
+        *pictures.student_prompts,
+        *pictures.source_prompts,
+        *previews.prompts,
+        recipe.negative_prompt,
+        *prior,
+        *told,
+    ]
 
 
 def _train_config(recipe: Recipe) -> TrainConfig:

@@ -79,7 +79,9 @@ def _read_metadata(file: Path) -> dict[str, str]:
             continue
         try:
             entry = json.loads(line)
-            captions[entry["file_name"]] = str(entry["text"]).strip()
+            if not isinstance(entry["text"], str):
+                raise TypeError(f"text is {entry['text']!r}")
+            captions[entry["file_name"]] = entry["text"].strip()
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f'{file}, line {number}: not a JSON object with "file_name" and "text" ({error!r}); it is {line[:80]!r}'

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -19,21 +20,34 @@ from domainstudio.models.condition import TextCondition
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.quiet import quiet
 
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError),
+    SingleFileComponentError,
+)
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
-def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> DiffusionModel:
+def load_model(
+    name_or_path: str | Path, device: torch.device | str = "cpu", config: str | Path | None = None
+) -> DiffusionModel:
     """The model at a pipeline folder, hub name or single file, in float32 and eval mode.
 
     Taken: unconditional pipelines, whose denoiser is a `UNet2DModel` (DDPM, DDIM: pixels) or a VAE and a `UNet2DModel`
     (LDM: latents), with a DDPM-like scheduler (epsilon, v or sample prediction) or a flow-matching one; and
     `StableDiffusionPipeline` (1.x, 2.x; epsilon and v), also as one .safetensors or .ckpt file.
 
+    Args:
+        config: of a single file, the pipeline folder or hub name whose configuration it has; diffusers guesses it from
+            the weights where it is not given, and takes every 2.x file for one that predicts v.
+
     Raises:
         UserError: if there is no such pipeline, or it is of another kind.
     """
     name = str(name_or_path)
-    pipeline: Any = (_open_file if Path(name).is_file() else _open_pipeline)(name).to(device)
+    is_file = Path(name).is_file()
+    if config is not None and not is_file:
+        raise UserError(f"config {config} is for a model in a single file; {name} has its own")
+    pipeline: Any = (_open_file(name, config) if is_file else _open_pipeline(name)).to(device)
     network = getattr(pipeline, "unet", None)
     if type(pipeline).__name__ != "StableDiffusionPipeline" and not isinstance(network, UNet2DModel):
         raise UserError(
@@ -47,8 +61,8 @@ def load_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
     codec: Codec = VaeCodec(vae) if vae is not None else PixelCodec()
     text_encoder = getattr(pipeline, "text_encoder", None)
     schedule, prediction, learned_variance = _read_scheduler(pipeline.scheduler, network, name)
-    config: Any = network.config
-    side, channels = config.sample_size, config.in_channels
+    shape: Any = network.config
+    side, channels = shape.sample_size, shape.in_channels
     if not isinstance(side, int):
         raise UserError(f"{name}: unet sample_size is {side}; a single number is needed, for square pictures")
     factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
@@ -82,19 +96,21 @@ def _open_pipeline(name: str) -> DiffusionPipeline:
         return DiffusionPipeline.from_pretrained(name, dtype=torch.float32, **without)
 
 
-def _open_file(name: str) -> DiffusionPipeline:
+def _open_file(name: str, config: str | Path | None) -> DiffusionPipeline:
     """A checkpoint in one file, as ComfyUI and A1111 keep them; pickles (.ckpt) are read as weights alone."""
     if Path(name).suffix not in (".safetensors", ".ckpt"):
         raise UserError(f"{name} is not a model: give a pipeline folder, or a .safetensors or .ckpt file")
     hint = (
-        "Taken are Stable Diffusion 1.x and 2.x; their configuration comes from the hub or its cache. Offline, give a "
-        "pipeline folder instead"
+        "Taken are Stable Diffusion 1.x and 2.x; their configuration comes from the hub or its cache, or from the "
+        "pipeline folder that single_file_config names"
     )
     with _opening(name, hint):
         from diffusers import StableDiffusionPipeline
 
-        without = {"safety_checker": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline.from_single_file(name, torch_dtype=torch.float32, **without)
+        settings: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+        if config is not None:
+            settings["config"] = str(config)
+        return StableDiffusionPipeline.from_single_file(name, torch_dtype=torch.float32, **settings)
 
 
 @contextmanager
@@ -103,7 +119,7 @@ def _opening(name: str, hint: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"could not load a diffusers pipeline from {name!r}: {error}. {hint}") from error
 
 
@@ -129,4 +145,5 @@ def fast_scheduler(model: DiffusionModel) -> Any:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | DDIMScheduler):
         return type(scheduler).from_config(scheduler.config)
     kept = {k: v for k, v in scheduler.config.items() if k in DDIMScheduler().config and not k.startswith("_")}
-    return DDIMScheduler.from_config({**kept, "timestep_spacing": "trailing"})
+    unclipped = {} if isinstance(model.codec, PixelCodec) else {"clip_sample": False}  # latents have no range
+    return DDIMScheduler.from_config({**unclipped, **kept, "timestep_spacing": "trailing"})

@@ -89,6 +89,8 @@ def load_lora(model: DiffusionModel, path: Path) -> None:
     try:
         with quiet():
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
+            if not pipeline.get_list_adapters():
+                raise ValueError("it has no layer of the UNet or the text encoder")
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -49,7 +49,7 @@ class StyleGuidance:
     Source: DomainGallery (NeurIPS 2024), where it carries a style to categories that the training pictures lack.
     """
 
-    source: nn.Module
+    source: DiffusionModel
     source_prompts: Sequence[str]
     strength: float
 
@@ -111,7 +111,8 @@ def _predictor(
 
     prompts, style = told(guidance.prompts_of(num_images)), guidance.style
     empty = told([guidance.negative_prompt] * num_images) if guidance.scale != 1 else None
-    source_prompts = told(replace(guidance, prompts=style.source_prompts).prompts_of(num_images)) if style else None
+    of_source = replace(guidance, prompts=style.source_prompts).prompts_of(num_images) if style else []
+    source_told = style.source.encode_prompts([of_source[row] for row in rows]) if style else None
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         output = model.estimate(network, x, t, prompts).output
@@ -120,7 +121,8 @@ def _predictor(
             without = model.estimate(network, x, t, empty).output
             guided = without + guidance.scale * (output - without)
         if style is not None:
-            guided = guided + style.strength * (output - model.estimate(style.source, x, t, source_prompts).output)
+            plain = style.source.estimate(style.source.network, x, t, source_told).output
+            guided = guided + style.strength * (output - plain)
         return guided
 
     return predict

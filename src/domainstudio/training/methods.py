@@ -39,7 +39,7 @@ def dreambooth(
     terms = _denoising_terms(model, snr_gamma=snr_gamma)
     if not with_prior_preservation:
         return Objective(terms)
-    return Objective((*terms, Term("prior", prior_loss_weight, _prior_error)), prior="picture")
+    return Objective((*terms, Term("prior", prior_loss_weight, _prior_error("picture"))), prior="picture")
 
 
 def domainstudio(
@@ -80,7 +80,7 @@ def domainstudio(
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
         _needs_text(model, "with_prior_preservation")
-        terms += (Term("prior", prior_loss_weight, _prior_error),)
+        terms += (Term("prior", prior_loss_weight, _prior_error(prior_target)),)
     return Objective(
         terms,
         pairing=pairing,
@@ -248,11 +248,18 @@ def _denoising_terms(
     return simple, Term("vlb", 0.001 * len(alphas_cumprod), bound)
 
 
-def _prior_error(views: Views) -> Tensor:
-    """L_pr: the student with the source prompt, held to the source's output where that is known, else the pictures."""
-    view = views.prior
-    assert view is not None
-    return simple_loss(view.student.output, view.target if view.source is None else view.source.output).mean()
+def _prior_error(held_to: PriorTarget) -> Callable[[Views], Tensor]:
+    """L_pr: the student with the source prompt, held to the pictures or to the source's output."""
+
+    def error(views: Views) -> Tensor:
+        view = views.prior
+        assert view is not None
+        if held_to == "picture":
+            return simple_loss(view.student.output, view.target).mean()
+        assert view.source is not None
+        return simple_loss(view.student.output, view.source.output).mean()
+
+    return error
 
 
 def _needs_text(model: DiffusionModel, what: str) -> None:

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -74,7 +75,9 @@ class Training:
     def __init__(self, adaptation: Adaptation, config: TrainConfig, accelerator: Accelerator):
         self.adaptation, self.config, self.accelerator = adaptation, config, accelerator
         self.parameters = adaptation.parameters()
-        self.optimizer = accelerator.prepare_optimizer(_build_optimizer(self.parameters, config))
+        self.optimizer = accelerator.prepare_optimizer(
+            find_optimizer(config.optimizer)(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        )
         self.average = [p.detach().clone() for p in self.parameters] if config.use_ema else []
         self.step = 0
 
@@ -219,25 +222,29 @@ def train(
     return run
 
 
-def _build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+def find_optimizer(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
+    """The class of an optimiser.
+
+    Raises:
+        UserError: if its package is not installed.
+    """
     try:
-        match config.optimizer:
+        match name:
             case "adamw":
-                return torch.optim.AdamW(parameters, **settings)
+                return torch.optim.AdamW
             case "adamw8bit":
                 from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-                return AdamW8bit(parameters, **settings)
+                return AdamW8bit
             case "prodigy":
                 from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports]
 
-                return Prodigy(parameters, safeguard_warmup=True, **settings)
+                return partial(Prodigy, safeguard_warmup=True)
     except ImportError as error:
         raise UserError(
-            f"optimizer {config.optimizer} needs the package {error.name}: pip install 'domainstudio[optimizers]'"
+            f"optimizer {name} needs the package {error.name}: pip install 'domainstudio[optimizers]'"
         ) from error
-    raise ValueError(config.optimizer)
+    raise ValueError(name)
 
 
 def _notify(observers: Sequence[Observer], event: StepEvent) -> None:
