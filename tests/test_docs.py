@@ -21,7 +21,7 @@ def commands() -> list[tuple[str, str]]:
     return [
         (path.relative_to(ROOT).as_posix(), found.split(" #")[0].strip())
         for path in [*PAGES, *RECIPES, ROOT / "Makefile"]
-        for found in COMMAND.findall(path.read_text(encoding="utf-8"))
+        for found in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
     ]
 
 
