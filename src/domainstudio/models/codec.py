@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+def fitting_batch(side_px: int) -> int:
+    """How many pictures of that side are encoded, drawn or decoded at once: 32 up to 128 px, 2 at 512 px."""
+    return max(1, min(32, 2**19 // side_px**2))
+
+
 class Codec(Protocol):
     """Pictures (N, 3, H, W) in [-1, 1] <-> model space (N, C, h, w), roughly unit variance."""
 
@@ -53,6 +58,9 @@ class VaeCodec:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(N, 2C, h, w): mean and standard deviation of the posterior, in model space (VQ models: deviation 0)."""
+        return torch.cat([self._posterior(part) for part in images.split(fitting_batch(images.shape[-1]))])
+
+    def _posterior(self, images: Tensor) -> Tensor:
         encoded = self.vae.encode(images)
         if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std

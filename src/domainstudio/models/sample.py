@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from domainstudio.errors import UserError
+from domainstudio.models.codec import fitting_batch
 from domainstudio.models.load import fast_scheduler
 from domainstudio.models.model import DiffusionModel
 
@@ -61,13 +62,14 @@ def sample(
     num_images: int,
     seed: int = 0,
     num_inference_steps: int = 25,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     guidance: TextGuidance | None = None,
 ) -> Tensor:
     """Draws clean pictures in model space with `network`, deterministically (DDIM with eta 0, or Euler for flows).
 
     Args:
+        batch_size: memory and speed only; by default what suits the pictures' size (`fitting_batch`).
         guidance: needed by text-to-image models, and by them alone.
 
     Returns:
@@ -82,7 +84,7 @@ def sample(
     device = first.device
     network.eval()
     parts = []
-    for rows in torch.arange(num_images).split(batch_size):
+    for rows in torch.arange(num_images).split(batch_size or fitting_batch(model.resolution)):
         scheduler = fast_scheduler(model)
         scheduler.set_timesteps(num_inference_steps, device=device)
         predict = _predictor(model, network, guidance, num_images, rows.tolist())
@@ -129,6 +131,8 @@ def _predictor(
 
 
 @torch.no_grad()
-def decode(model: DiffusionModel, x0: Tensor, device: torch.device | str = "cpu", batch_size: int = 32) -> Tensor:
+def decode(model: DiffusionModel, x0: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Model space (N, C, h, w) -> pictures (N, 3, H, W), clamped to [-1, 1], on the CPU."""
-    return torch.cat([model.codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in x0.split(batch_size)])
+    return torch.cat(
+        [model.codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in x0.split(fitting_batch(model.resolution))]
+    )

@@ -177,49 +177,64 @@ def train(
     run = Training(adaptation, config, accelerator)
     if resume is not None:
         run.load(resume)
-    encoded = model.codec.encode(images.to(accelerator.device))
-    mirrored = model.codec.encode(images.flip(-1).to(accelerator.device)) if config.random_flip else encoded
-
-    def training_batch(index: int, generator: torch.Generator) -> Batch:
-        rows = batch_indices(len(images), config.train_batch_size, config.seed, index)
-        batch = encoded[rows]
-        if config.random_flip:
-            flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-            batch = torch.where(flip.to(batch.device), mirrored[rows], batch)
-        return Batch(model.codec.draw(batch, generator), prompts[rows] if prompts else Prompts())
-
-    def prior_batch(generator: torch.Generator) -> Batch | None:
-        if prior is None:
-            return None
-        chosen = torch.randperm(len(prior.x0), generator=generator)[: config.pair_batch_size]
-        return Batch(prior.x0[chosen].to(encoded), prior.prompts[chosen])
-
+    deck = _Deck(model, config, images.to(accelerator.device), prior, prompts)
     adaptation.network.train()
-    event = StepEvent(run.step, {}, run.state, run.averaged)
     with torch.random.fork_rng():
-        _notify(observers, event)
+        _notify(observers, StepEvent(run.step, {}, run.state, run.averaged))
         while run.step < config.max_train_steps:
             generator = step_generator(config.seed, run.step)
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
             minimised = erasing if erasing and run.step < config.erase_steps else objective
             losses = []
             for part in range(config.gradient_accumulation_steps):
-                batch = training_batch(run.step * config.gradient_accumulation_steps + part, generator)
-                shown = prior_batch(generator)
+                batch = deck.training(run.step * config.gradient_accumulation_steps + part, generator)
+                samples = deck.source_samples(generator)
                 with accelerator.autocast():
-                    views = look(model, adaptation, minimised, batch, shown, generator, config.noise_offset)
+                    views = look(model, adaptation, minimised, batch, samples, generator, config.noise_offset)
                 loss, terms = minimised(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
                 losses.append(unweighted({"loss": loss.detach(), **terms}))
-                if not math.isfinite(value := losses[-1]["loss"]):
-                    raise UserError(
-                        f"the loss is {value} at step {run.step + 1} ({losses[-1]}); lower the learning_rate "
-                        f"(now {config.learning_rate:g}) or the weights, or use mixed_precision no or bf16"
-                    )
+                _check_finite(losses[-1], run.step + 1, config)
                 run.backward(loss / config.gradient_accumulation_steps)
             metrics = {name: statistics.fmean(part[name] for part in losses) for name in losses[0]}
             metrics["grad_norm"] = run.update()
             _notify(observers, StepEvent(run.step, metrics, run.state, run.averaged))
     return run
+
+
+class _Deck:
+    """What batches are drawn from: the training pictures, encoded once, and the source samples."""
+
+    def __init__(
+        self, model: DiffusionModel, config: TrainConfig, images: Tensor, prior: Batch | None, prompts: Prompts | None
+    ):
+        self.codec, self.config, self.prior = model.codec, config, prior
+        self.prompts = prompts or Prompts()
+        self.encoded = model.codec.encode(images)
+        self.mirrored = model.codec.encode(images.flip(-1)) if config.random_flip else self.encoded
+
+    def training(self, index: int, generator: torch.Generator) -> Batch:
+        """The batch number `index` of training pictures."""
+        rows = batch_indices(len(self.encoded), self.config.train_batch_size, self.config.seed, index)
+        batch = self.encoded[rows]
+        if self.config.random_flip:
+            flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+            batch = torch.where(flip.to(batch.device), self.mirrored[rows], batch)
+        return Batch(self.codec.draw(batch, generator), self.prompts[rows])
+
+    def source_samples(self, generator: torch.Generator) -> Batch | None:
+        """Some of them, drawn anew each time; None if there are none."""
+        if self.prior is None:
+            return None
+        chosen = torch.randperm(len(self.prior.x0), generator=generator)[: self.config.pair_batch_size]
+        return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
+
+
+def _check_finite(losses: dict[str, float], step: int, config: TrainConfig) -> None:
+    if not math.isfinite(losses["loss"]):
+        raise UserError(
+            f"the loss is {losses['loss']} at step {step} ({losses}); lower the learning_rate "
+            f"(now {config.learning_rate:g}) or the weights, or use mixed_precision no or bf16"
+        )
 
 
 def find_optimizer(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
