@@ -133,6 +133,5 @@ def _predictor(
 @torch.no_grad()
 def decode(model: DiffusionModel, x0: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Model space (N, C, h, w) -> pictures (N, 3, H, W), clamped to [-1, 1], on the CPU."""
-    return torch.cat(
-        [model.codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in x0.split(fitting_batch(model.resolution))]
-    )
+    parts = x0.split(fitting_batch(model.resolution))
+    return torch.cat([model.codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in parts])
