@@ -22,6 +22,7 @@ from domainstudio.models.condition import TextDenoiser
 from domainstudio.models.load import save_pipeline
 from domainstudio.models.lora_files import save_diffusers_lora, save_lora
 from domainstudio.models.model import DiffusionModel
+from domainstudio.models.quiet import quiet
 from domainstudio.models.sample import Progress
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
@@ -36,7 +37,8 @@ def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) 
         return FullAdaptation(model.network, keep_source=needs_source)
     is_text = model.condition is not None
     if is_text and recipe.mixed_precision != "no":  # the frozen weights are only ever used in that precision
-        model.network.to(torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float16)
+        with quiet():
+            model.network.to(torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float16)
     layers = recipe.lora_layers or ("attention" if is_text else "all")
     return LoraAdaptation(model.network, recipe.rank, recipe.scale_alpha, recipe.seed, layers)
 

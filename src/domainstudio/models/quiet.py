@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 _TALKATIVE = (
     "diffusers.pipelines.pipeline_utils",  # a type mismatch for an AutoencoderKL as LDMPipeline's `vqvae`: it is taken
+    "diffusers.models.modeling_utils",  # a list, often empty, of layers to be kept in float32
     "diffusers.loaders.lora_base",  # a LoRA that leaves the text encoder alone
     "transformers.utils.import_utils",  # picture processors, which nothing here uses, that lack torchvision
 )
