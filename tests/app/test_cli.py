@@ -74,7 +74,16 @@ OTHER_FLAGS = {
     "export": {"--format", "--output", "--metadata", "--no-metadata"},
     "evaluate": {"--instance-data-dir", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px"}
     | {"--intra", "--json"},
-    "compare": {"--output", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px", "--intra"},
+    "compare": {
+        "--caption",
+        "--output",
+        "--reference-dir",
+        "--num-images",
+        "--seed",
+        "--lpips",
+        "--lpips-px",
+        "--intra",
+    },
 }
 COMMANDS = ["train", *OTHER_FLAGS]
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from text_settings import FAST_TEXT, PROMPTS
 
 from domainstudio.app import materials
+from domainstudio.app.compare import NUM_PROMPTED
 from domainstudio.app.draw import draw_from, open_result
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import open_pictures, prior_prompts
@@ -419,3 +420,20 @@ def test_a_recipe_names_what_is_for_text_models_alone(recipe):
     assert recipe().text_settings() == ["instance_prompt", "class_prompt", "guidance_scale"]
     with pytest.raises(UserError, match="say of what with a class_prompt"):
         prior_prompts(recipe(class_prompt=None))
+
+
+@pytest.mark.usefixtures("stubs")
+class TestCompare:
+    def test_what_was_asked_besides_is_in_the_report(self, text_lora_run, tmp_path):
+        asked = [part for caption in ("a blue dog", "a red <man>") for part in ("--caption", caption)]
+        succeeds("compare", text_lora_run, "--num-images", 3, "--output", tmp_path / "report.html", *asked)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        section = page[page.index("Asked for something else") : page.index("nearest training pictures")]
+        assert section.index("<h3>a blue dog</h3>") < section.index("<h3>a red &lt;man&gt;</h3>")
+        assert section.count("<img") == 2 * 2 * NUM_PROMPTED  # two captions, of the source and of the run
+        assert section.count("Un-adapted source</p>") == 2
+
+    def test_captions_are_for_text_models(self, plain_run, tmp_path):
+        result = domainstudio("compare", plain_run, "--caption", "a dog", "--output", tmp_path / "report.html")
+        assert result.code == 2
+        assert "takes no prompts; leave the captions out" in result.err

@@ -141,3 +141,13 @@ def test_spread_threshold_is_half_the_median_neighbour():
     table = (points[:, None] - points).abs()
     assert metrics.spread_threshold(table) == 0.5
     assert (table.diagonal() == 0).all()  # the table itself is left alone
+
+
+def test_drift_is_the_mean_distance_of_partners():
+    generator = torch.Generator().manual_seed(0)
+    source = torch.rand(5, 7, generator=generator)
+    assert metrics.drift(source, source) == 0
+    adapted = torch.rand(5, 7, generator=generator)
+    expected = sum(float(((a.double() - b.double()) ** 2).sum()) for a, b in zip(adapted, source, strict=True)) / 5
+    assert metrics.drift(adapted, source) == pytest.approx(expected, rel=1e-12)
+    assert metrics.drift(adapted.flip(0), source) != pytest.approx(expected, rel=1e-3)

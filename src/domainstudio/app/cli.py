@@ -98,6 +98,8 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="put runs side by side in one HTML report")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     compare.add_argument("--output", type=Path, default=Path("report.html"))
+    besides = "what text-to-image models are asked for besides, the runs in their own style; may be given again"
+    compare.add_argument("--caption", action="append", default=[], help=besides)
     _add_measuring_flags(compare)
     compare.set_defaults(run=_compare)
     return parser
@@ -254,7 +256,14 @@ def _compare(args: argparse.Namespace) -> None:
 
     with Console() as console:
         result = compare_runs(
-            args.runs, args.output, args.reference_dir, args.num_images, args.seed, _protocol(args), console.progress
+            args.runs,
+            args.output,
+            args.reference_dir,
+            args.num_images,
+            args.seed,
+            _protocol(args),
+            console.progress,
+            args.caption,
         )
     print_table(result.entries)
     print(f"report: {result.report.resolve()}")

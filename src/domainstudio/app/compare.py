@@ -101,6 +101,8 @@ def compare_runs(
         folder.finished()
     recipe = recipes[0]
     source = recipe_source(recipe)
+    if captions and source.condition is None:
+        raise UserError(f"{recipe.pretrained_model_name_or_path} takes no prompts; leave the captions out")
     training = open_domain(recipe, source).images
     reference = _reference(recipe.instance_data_dir, reference_dir, source.resolution)
     evaluator = Evaluator(training, reference, protocol or Protocol(), progress)
