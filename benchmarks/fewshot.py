@@ -1,4 +1,4 @@
-"""Ten-shot benchmark on the bundled domains: `python benchmarks/fewshot.py` (resumable; `--table` prints the tables).
+"""Ten-shot benchmark on the bundled domains: `python benchmarks/fewshot.py` (resumable; `--table` writes the tables).
 
 Every run trains with fixed seeds and is measured at several steps with its averaged weights: held-out KID, Intra-LPIPS,
 copies. Anchors: the un-adapted source, a pure copier, the real held-out pictures. One JSON object a measurement is
@@ -9,6 +9,7 @@ the work (`--domains ink`, `--seeds 1`, ...).
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 import tomllib
@@ -109,6 +110,12 @@ def measure_run(
         train_run(recipe, observers=(measurer,))
 
 
+def write_tables(results: Path, title: str, text: str) -> None:
+    """Beside the results, with the extension .md."""
+    note = f"Written by `python benchmarks/{Path(sys.argv[0]).name} --table`; how to read it: [README.md](README.md)."
+    results.with_suffix(".md").write_text(f"# {title}\n\n{note}\n{text.rstrip()}\n")
+
+
 def numbers_of(evaluation: Evaluation) -> Row:
     result = evaluation.to_json()
     return {name: result[name] for name in NUMBERS}
@@ -196,10 +203,10 @@ def judged(met: bool) -> str:
 def tables(results: list[Row]) -> str:
     """Markdown: per domain, every method at every step, mean ± standard deviation over seeds."""
     lines = []
-    for domain in dict.fromkeys(row["domain"] for row in results):
+    for domain in sorted({row["domain"] for row in results}):
         rows = [row for row in results if row["domain"] == domain]
         lines += [
-            f"\n### {domain}\n",
+            f"\n## {domain}\n",
             "| | step | seeds | KID x10³ | FID | Intra-LPIPS | copies | training seconds |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -242,10 +249,10 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=150)
     parser.add_argument("--mixed-precision", default="no")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the tables of what was measured")
+    parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
     args = parser.parse_args()
     if args.table:
-        print(tables(read_rows(args.results)))
+        write_tables(args.results, "Ten-shot adaptation of the bundled source", tables(read_rows(args.results)))
         return
     done = {(row["domain"], row["name"], row["seed"], row["step"]) for row in read_rows(args.results)}
     for domain in args.domains:

@@ -14,7 +14,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from fewshot import NUMBERS, Row, name_of, parse_entry, read_rows, spread, write_row
+from fewshot import NUMBERS, Row, name_of, parse_entry, read_rows, spread, write_row, write_tables
 from torch import Tensor
 
 from domainstudio.app.draw import draw_from
@@ -130,7 +130,7 @@ def tables(results: list[Row]) -> str:
     lines = []
     for domain in dict.fromkeys(row["domain"] for row in results):
         lines += [
-            f"\n### {domain}\n",
+            f"\n## {domain}\n",
             "| | step | seeds | KID x10³ | FID | Intra-LPIPS | copies | attributes | drift | class drift |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
@@ -163,10 +163,10 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=150)
     parser.add_argument("--build", type=Path, default=ROOT / "build/avatars")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the tables of what was measured")
+    parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
     args = parser.parse_args()
     if args.table:
-        print(tables(read_rows(args.results)))
+        write_tables(args.results, "Ten-shot adaptation of a text-to-image source", tables(read_rows(args.results)))
         return
     args.build.mkdir(parents=True, exist_ok=True)
     prompts = Prompts(args.build, args.num_images)
