@@ -1,4 +1,4 @@
-"""Cost of a text-to-image training step beside the released code's: `python benchmarks/text_step.py`.
+"""Cost of a text-to-image training step beside the released code's: `python benchmarks/text_step.py --model FOLDER`.
 
 The released arithmetic, written from its description (docs/deviations.md): two passes of the UNet over instance and
 class pictures, all with gradients, the second at one noise level for all; two decodes of whole pictures in full
@@ -152,7 +152,7 @@ VARIANTS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="bundled:avatars-text")
+    parser.add_argument("--model", required=True, help="a Stable Diffusion pipeline, as small as you like")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)

@@ -67,7 +67,7 @@ TRAIN_FLAGS = [
     "--resume-from-checkpoint",
 ]
 OTHER_FLAGS = {
-    "demo": {"--text", "--domain", "--output-dir", "--max-train-steps", "--num-images"},
+    "demo": {"--domain", "--output-dir", "--max-train-steps", "--num-images"},
     "check": {"--resolution"},
     "sample": {"--num-images", "--seed", "--output-dir", "--prompt", "--negative-prompt", "--guidance-scale"}
     | {"--style-strength", "--source-prompt"},

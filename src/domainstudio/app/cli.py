@@ -46,11 +46,10 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
-    demo.add_argument("--text", action="store_true", help="of the bundled text-to-image source: DreamBooth against it")
-    demo.add_argument("--domain", default=None, help="training pictures (default: bundled:ink; bundled:watercolour)")
-    _option(demo, "--output-dir", type=Path, default=None, help="(default: demo; demo-text)")
-    steps = "95 for a near style, 500 for a far one (default: as the domain needs)"
-    _option(demo, "--max-train-steps", type=_positive, default=None, help=steps)
+    demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
+    _option(demo, "--output-dir", type=Path, default=Path("demo"))
+    steps = "95 for a near style, 500 for a far one (default: %(default)s)"
+    _option(demo, "--max-train-steps", type=_positive, default=500, help=steps)
     _option(demo, "--num-images", type=_positive, default=100, help="samples measured of each model")
     demo.set_defaults(run=_demo)
 
@@ -170,12 +169,11 @@ def _protocol(args: argparse.Namespace):
 
 def _demo(args: argparse.Namespace) -> None:
     from domainstudio.app.console import Console, print_table
-    from domainstudio.app.demo import PICTURES, TEXT, run_demo
+    from domainstudio.app.demo import run_demo
 
     with Console() as console:
         result = run_demo(
-            TEXT if args.text else PICTURES,
-            args.output_dir or Path("demo-text" if args.text else "demo"),
+            args.output_dir,
             args.domain,
             args.max_train_steps,
             args.num_images,

@@ -1,9 +1,7 @@
-"""Use case: the demonstration, plain fine-tuning or DreamBooth against DomainStudio on a bundled domain."""
+"""Use case: the demonstration, plain fine-tuning against DomainStudio on a bundled domain."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from domainstudio.app.compare import METHOD_TITLES, Comparison, Progress, compare_runs
 from domainstudio.app.folder import RunFolder
@@ -12,81 +10,44 @@ from domainstudio.app.runs import train_run
 from domainstudio.errors import UserError
 from domainstudio.training.train import Observer
 
-
-@dataclass(frozen=True)
-class Demo:
-    """What is shown: the methods, their common settings, and what they are asked for besides."""
-
-    methods: tuple[str, ...]
-    domain: str
-    max_train_steps: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    captions: tuple[str, ...] = ()
-
-
-PICTURES = Demo(methods=("finetune", "studio"), domain="bundled:ink", max_train_steps=500)
-TEXT = Demo(
-    methods=("dreambooth", "studio"),
-    domain="bundled:watercolour",
-    max_train_steps=100,
-    settings={
-        "pretrained_model_name_or_path": "bundled:avatars-text",
-        "instance_prompt": "{caption}, sks style",
-        "class_prompt": "a portrait of a person",
-        "learning_rate": 1e-3,
-        "train_batch_size": 10,
-        "pair_batch_size": 10,
-        "guidance_scale": 2.0,
-    },
-    captions=(  # none of the ten training pictures shows any of these
-        "a portrait of a woman with big curly red hair and round glasses",
-        "a portrait of a man with a turban, smiling",
-        "a portrait of a person with flowers in the hair, wearing a green hoodie",
-        "a portrait of a man with short black hair and a moustache",
-    ),
-)
+METHODS_SHOWN = ("finetune", "studio")
 
 
 def run_demo(
-    shown: Demo,
     output_dir: Path,
-    domain: str | None = None,
-    max_train_steps: int | None = None,
+    domain: str = "bundled:ink",
+    max_train_steps: int = 500,
     num_images: int = 100,
     observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
     progress: Progress | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> Comparison:
-    """Trains each method on a bundled domain, from the bundled source, and compares them in a report.
+    """Plain fine-tuning against DomainStudio on a bundled domain, from the bundled source, with a report.
 
     Finished runs in `output_dir` with the same recipe are kept, so that a second call only measures again.
     """
-    runs, steps = [], max_train_steps or shown.max_train_steps
-    for method in shown.methods:
+    runs = []
+    for method in METHODS_SHOWN:
         run = output_dir / method
         settings = {
-            "instance_data_dir": domain or shown.domain,
+            "instance_data_dir": domain,
             "output_dir": str(run),
             "method": method,
-            "max_train_steps": steps,
-            "validation_steps": max(1, steps // 4),
+            "max_train_steps": max_train_steps,
+            "validation_steps": max(1, max_train_steps // 4),
             "num_validation_images": 8,
-            **shown.settings,
         }
         recipe = build_recipe(None, settings)
-        log(f"training {METHOD_TITLES[method][0]} on {recipe.instance_data_dir}, {steps} steps")
+        log(f"training {METHOD_TITLES[method][0]} on {domain}, {max_train_steps} steps")
         if not _is_finished(run, recipe):
             resume = "latest" if run.is_dir() and any(run.iterdir()) else None
-            drawing = None if progress is None else _drawing(progress)
-            train_run(recipe, resume, observers(recipe), drawing, log)
+            train_run(recipe, resume, observers(recipe), _drawing(progress), log)
         runs.append(run)
-    return compare_runs(
-        runs, output_dir / "report.html", num_images=num_images, progress=progress, captions=shown.captions
-    )
+    return compare_runs(runs, output_dir / "report.html", num_images=num_images, progress=progress)
 
 
-def _drawing(progress: Progress) -> Callable[[int, int], None]:
-    return lambda done, total: progress("drawing source samples", done, total)
+def _drawing(progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress("drawing source samples", done, total)
 
 
 def _is_finished(run: Path, recipe: Recipe) -> bool:

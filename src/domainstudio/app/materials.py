@@ -72,7 +72,7 @@ def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], No
         if given := recipe.text_settings():
             raise UserError(
                 f"{recipe.pretrained_model_name_or_path} takes no prompts; remove {', '.join(given)}, or give a "
-                "text-to-image model such as bundled:avatars-text"
+                "text-to-image model, such as a Stable Diffusion pipeline"
             )
         return TrainingPictures(domain.images)
     if recipe.instance_prompt is None:
