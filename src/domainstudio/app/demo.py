@@ -35,6 +35,7 @@ def run_demo(
             "method": method,
             "max_train_steps": max_train_steps,
             "validation_steps": max(1, max_train_steps // 4),
+            "checkpointing_steps": max(1, max_train_steps // 2),
             "num_validation_images": 8,
         }
         recipe = build_recipe(None, settings)
