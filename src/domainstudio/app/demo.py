@@ -17,7 +17,7 @@ def run_demo(
     output_dir: Path,
     domain: str = "bundled:ink",
     max_train_steps: int = 500,
-    num_images: int = 100,
+    num_images: int = 64,
     observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
     progress: Progress | None = None,
     log: Callable[[str], None] = lambda message: None,
