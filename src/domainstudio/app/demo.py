@@ -36,7 +36,7 @@ def run_demo(
             "max_train_steps": max_train_steps,
             "validation_steps": max(1, max_train_steps // 4),
             "checkpointing_steps": max(1, max_train_steps // 2),
-            "num_validation_images": 8,
+            "num_validation_images": 4,
         }
         recipe = build_recipe(None, settings)
         log(f"training {METHOD_TITLES[method][0]} on {domain}, {max_train_steps} steps")

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +111,8 @@ class Inception(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network
+        to: Any = network.to  # torch's stubs know no memory_format here
+        self.network = to(memory_format=torch.channels_last)  # a sixth less time on a CPU
         for parameter in self.parameters():  # a script module has no requires_grad_
             parameter.requires_grad = False
         self.eval()
