@@ -147,8 +147,8 @@ def batches(build: Path, size: int, more: tuple[str, ...] = ()) -> Iterator[Tens
 
     Drawn from torch's generator, so a resumed run is the same.
     """
-    styles = [*4 * [*DOMAINS, *more], *STYLES, *more]
-    avatars, others = pictures(build / "avatars.bin"), [pictures(build / f"{style}.bin") for style in styles]
+    names = [*4 * [*DOMAINS, *more], *STYLES, *more]
+    avatars, others = pictures(build / "avatars.bin"), [pictures(build / f"{name}.bin") for name in names]
     while True:
         rows = [avatars[int(i)] for i in torch.randint(len(avatars), (size // 2,))]
         styles = [others[i] for i in torch.randint(len(others), (size - size // 2,))]
@@ -196,31 +196,50 @@ def encode(vae: AutoencoderKL, build: Path) -> tuple[Tensor, Tensor, float]:
     """Posterior mean and standard deviation of every avatar, and the scale that gives latents unit variance."""
     path = build / "latents.pt"
     if not path.exists():
-        data, means, stds = pictures(build / "avatars.bin")[:40_000], [], []
-        for start in range(0, len(data), 500):
-            posterior = vae.encode(to_tensor(data[start : start + 500])).latent_dist
-            means.append(posterior.mean.half().cpu())
-            stds.append(posterior.std.half().cpu())
-        mean, std = torch.cat(means), torch.cat(stds)
+        mean, std = posteriors(vae, pictures(build / "avatars.bin")[:40_000])
         torch.save((mean, std, 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()), path)
     return torch.load(path, weights_only=True)
+
+
+def posteriors(vae: AutoencoderKL, data: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every picture's posterior, in half precision on the CPU."""
+    means, stds = [], []
+    for start in range(0, len(data), 500):
+        posterior = vae.encode(to_tensor(data[start : start + 500])).latent_dist
+        means.append(posterior.mean.half().cpu())
+        stds.append(posterior.std.half().cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
+def draw_latents(mean: Tensor, std: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """A sample of the posterior of each of `rows`, scaled to unit variance."""
+    x0 = mean[rows].float().to(DEVICE)
+    return scale * (x0 + std[rows].float().to(DEVICE) * torch.randn_like(x0))
+
+
+def velocity_loss() -> Callable[[Callable[[Tensor, Tensor], Tensor], Tensor], Tensor]:
+    """L_simple in v, as a function of a network (x_t, t -> v) and clean latents (B, C, h, w)."""
+    scheduler = new_scheduler()
+    alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)
+    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(DEVICE)
+
+    def loss(network: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> Tensor:
+        # Stratified time steps: the same distribution, less variance of the loss.
+        t = ((torch.arange(len(x0)) + torch.rand(len(x0))) / len(x0) * 1000).long().clamp(max=999).to(DEVICE)
+        alpha, sigma, noise = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1), torch.randn_like(x0)
+        return F.mse_loss(network(alpha * x0 + sigma * noise, t).float(), alpha * noise - sigma * x0)
+
+    return loss
 
 
 def train_unet(
     unet: UNet2DModel, latents: tuple[Tensor, Tensor, float], build: Path, steps: int, batch_size: int, lr: float
 ) -> None:
-    (mean, std, scale), scheduler = latents, new_scheduler()
-    alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)
-    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(DEVICE)
+    (mean, std, scale), error = latents, velocity_loss()
 
     def loss() -> Tensor:
-        rows = torch.randint(len(mean), (batch_size,))
-        x0 = mean[rows].float().to(DEVICE)
-        x0 = scale * (x0 + std[rows].float().to(DEVICE) * torch.randn_like(x0))
-        # Stratified time steps: the same distribution, less variance of the loss.
-        t = ((torch.arange(batch_size) + torch.rand(batch_size)) / batch_size * 1000).long().clamp(max=999).to(DEVICE)
-        alpha, sigma, noise = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1), torch.randn_like(x0)
-        return F.mse_loss(unet(alpha * x0 + sigma * noise, t).sample.float(), alpha * noise - sigma * x0)
+        x0 = draw_latents(mean, std, torch.randint(len(mean), (batch_size,)), scale)
+        return error(lambda x_t, t: unet(x_t, t).sample, x0)
 
     fit("unet", unet, list(unet.parameters()), loss, steps, lr, build)
 

@@ -11,12 +11,23 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from captions import Attributes, caption, read_attributes
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from train import DEVICE, HERE, fit, new_scheduler, pictures, polish_decoder, render, render_set, to_tensor
+from train import (
+    DEVICE,
+    HERE,
+    draw_latents,
+    fit,
+    new_scheduler,
+    pictures,
+    polish_decoder,
+    posteriors,
+    render,
+    render_set,
+    velocity_loss,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SETS = {"avatars": 40_000, "robots": 10_000}
@@ -101,13 +112,7 @@ def encode(vae: AutoencoderKL, build: Path) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of the pictures of both sets, in their order."""
     path = build / "latents_text.pt"
     if not path.exists():
-        means, stds = [], []
-        for name in SETS:
-            data = pictures(build / f"{name}.bin")
-            for start in range(0, len(data), 500):
-                posterior = vae.encode(to_tensor(data[start : start + 500])).latent_dist
-                means.append(posterior.mean.half().cpu())
-                stds.append(posterior.std.half().cpu())
+        means, stds = zip(*(posteriors(vae, pictures(build / f"{name}.bin")) for name in SETS), strict=True)
         torch.save((torch.cat(means), torch.cat(stds)), path)
     return torch.load(path, weights_only=True)
 
@@ -121,9 +126,7 @@ def train_networks(
     attributes: dict[str, list[Attributes]],
     args: argparse.Namespace,
 ) -> None:
-    (mean, std), scheduler = latents, new_scheduler()
-    alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)
-    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(DEVICE)
+    (mean, std), error = latents, velocity_loss()
     known = [*attributes["avatars"], *attributes["robots"]]
     num_avatars, num_robots = len(attributes["avatars"]), len(attributes["robots"])
 
@@ -131,17 +134,11 @@ def train_networks(
         rows = torch.randint(num_avatars, (args.batch_size,))
         robots = num_avatars + torch.randint(num_robots, (args.batch_size,))
         rows = torch.where(torch.rand(args.batch_size) < ROBOT_SHARE, robots, rows)
-        x0 = mean[rows].float().to(DEVICE)
-        x0 = scale * (x0 + std[rows].float().to(DEVICE) * torch.randn_like(x0))
+        x0 = draw_latents(mean, std, rows, scale)
         texts = [sampled_caption(known[row]) for row in rows.tolist()]
         tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         states = text_encoder(tokens.input_ids.to(DEVICE)).last_hidden_state
-        # Stratified time steps: the same distribution, less variance of the loss.
-        t = (torch.arange(args.batch_size) + torch.rand(args.batch_size)) / args.batch_size
-        t = (1000 * t).long().clamp(max=999).to(DEVICE)
-        alpha, sigma, noise = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1), torch.randn_like(x0)
-        output = unet(alpha * x0 + sigma * noise, t, states).sample
-        return F.mse_loss(output.float(), alpha * noise - sigma * x0)
+        return error(lambda x_t, t: unet(x_t, t, states).sample, x0)
 
     networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     fit("text", networks, list(networks.parameters()), loss, args.steps, args.lr, args.build)

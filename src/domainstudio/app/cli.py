@@ -50,7 +50,9 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     _option(demo, "--output-dir", type=Path, default=Path("demo"))
     steps = "95 for a near style, 500 for a far one (default: %(default)s)"
     _option(demo, "--max-train-steps", type=_positive, default=500, help=steps)
-    _option(demo, "--num-images", type=_positive, default=64, help="samples measured of each model (default: 64)")
+    _option(
+        demo, "--num-images", type=_positive, default=64, help="samples measured of each model (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="say what is wrong with a folder of training pictures; changes nothing")

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from domainstudio.app.draw import draw_from, draw_pictures, open_result, source_guidance
+from domainstudio.app.draw import (
+    default_device,
+    draw_from,
+    draw_pictures,
+    open_result,
+    source_guidance,
+    validation_guidance,
+)
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import open_domain, recipe_source
 from domainstudio.app.recipe import Recipe
@@ -118,10 +125,7 @@ def compare_runs(
     entry = _entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")
     entries = [replace(entry, prompted=_prompted(source, recipe, captions, seed, in_style=False))]
     for folder, run_recipe, title in zip(folders, recipes, _titles(folders, recipes), strict=True):
-        own = _run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress)
-        if captions:
-            own = replace(own, prompted=_prompted(open_result(folder), run_recipe, captions, seed, in_style=True))
-        entries.append(own)
+        entries.append(_run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress, captions))
     copies = training.repeat(-(-num_images // len(training)), 1, 1, 1)[:num_images]
     note = "the training pictures themselves, handed back"
     entries.append(_entry("Copier", note, copies, evaluator.copier(num_images), "copier"))
@@ -148,13 +152,27 @@ def _run_entry(
     num_images: int,
     seed: int,
     progress: Progress | None,
+    captions: Sequence[str],
 ) -> ReportEntry:
-    pictures = draw_pictures(folder.path, num_images, seed, _part(progress, f"sampling {title}"))
+    model = open_result(folder, default_device())
+    pictures = draw_from(
+        model,
+        num_images,
+        seed,
+        recipe.num_inference_steps,
+        _part(progress, f"sampling {title}"),
+        None if model.condition is None else validation_guidance(recipe, num_images),
+    )
     note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {recipe.max_train_steps} steps"
     entry = _entry(title, note, pictures, evaluator.evaluate(pictures), "result")
     sheets = sorted(folder.samples.glob("step_*"))
     previews = [(int(sheet.name.removeprefix("step_")), read_pictures(sheet)) for sheet in sheets]
-    return replace(entry, losses=tuple(read_metrics(folder.metrics)), previews=tuple(previews))
+    return replace(
+        entry,
+        losses=tuple(read_metrics(folder.metrics)),
+        previews=tuple(previews),
+        prompted=_prompted(model, recipe, captions, seed, in_style=True),
+    )
 
 
 def _prompted(

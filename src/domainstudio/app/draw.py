@@ -58,11 +58,11 @@ def draw_pictures(
         UserError: if the run has no result, or the model cannot be asked that.
     """
     if (run / "model_index.json").is_file():
-        model, recipe = load_model(run, _device()), None
+        model, recipe = load_model(run, default_device()), None
         steps = Recipe.model_fields["num_inference_steps"].default
     else:
         folder = RunFolder(run)
-        model, recipe = open_result(folder, _device()), folder.recipe()
+        model, recipe = open_result(folder, default_device()), folder.recipe()
         steps = recipe.num_inference_steps
     guidance = None
     if model.condition is not None:
@@ -135,7 +135,7 @@ def _guidance(ask: Ask, recipe: Recipe | None, run: Path, num_images: int) -> Te
             "--style-strength compares with the source model: it needs a run folder, and a --source-prompt (what to "
             "draw without its style) where the run has no class_prompt"
         )
-    source = recipe_source(recipe, _device())
+    source = recipe_source(recipe, default_device())
     style = StyleGuidance(source, _drawn(source_prompt, num_images), ask.style_strength)
     return TextGuidance(guidance.prompts, guidance.scale, guidance.negative_prompt, style)
 
@@ -145,5 +145,6 @@ def _drawn(prompt: str, num_images: int) -> list[str]:
     return [draw_alternatives(prompt, index) for index in range(num_images)]
 
 
-def _device() -> str:
+def default_device() -> str:
+    """Where pictures are drawn."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from domainstudio import __version__
 from domainstudio.app.draw import open_result
 from domainstudio.app.folder import RunFolder
+from domainstudio.app.materials import recipe_source
 from domainstudio.app.recipe import Recipe
 from domainstudio.errors import UserError
 from domainstudio.models.load import save_pipeline
@@ -52,7 +53,7 @@ def export_run(run: Path, format: ExportFormat, output: Path, metadata: bool = T
         shutil.copyfile(result, partial)
     else:
         recipe = folder.recipe()
-        described = describe(recipe, open_result(folder), output.stem) if metadata else None
+        described = describe(recipe, recipe_source(recipe), output.stem) if metadata else None
         save_kohya_lora(result, partial, recipe.rank, recipe.scale_alpha, described)
     partial.replace(output)
     return output

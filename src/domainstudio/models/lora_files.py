@@ -51,11 +51,8 @@ def save_diffusers_lora(adaptation: LoraAdaptation, folder: Path) -> Path:
 
 def pass_through_file(adaptation: LoraAdaptation, folder: Path) -> None:
     """Writes the adapters as users get them and reads them back, so that what is drawn next is what the file gives."""
-    own = adaptation.state()
-    read = _parts(load_file(save_diffusers_lora(adaptation, folder)))
-    parts = _parts(own)
-    back = {id(parts[part][name]): tensor for part, tensors in read.items() for name, tensor in tensors.items()}
-    adaptation.load_state({name: back[id(tensor)] for name, tensor in own.items()})
+    read = {_place(name): tensor for name, tensor in load_file(save_diffusers_lora(adaptation, folder)).items()}
+    adaptation.load_state({name: read[_place(name)] for name in adaptation.state()})
 
 
 def save_kohya_lora(
@@ -98,16 +95,22 @@ def load_lora(model: DiffusionModel, path: Path) -> None:
 
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """ "unet" and "text_encoder" -> their tensors; names without either are the UNet's."""
+    """ "unet" and "text_encoder" -> their tensors."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        part, _, rest = name.partition(".")
-        if part not in _KOHYA_PREFIX:
-            part, rest = "unet", name
-        if part == "text_encoder" and not rest.startswith("text_model."):  # transformers 5 leaves it out, files do not
-            rest = f"text_model.{rest}"
+        part, rest = _place(name)
         parts.setdefault(part, {})[rest] = tensor
     return parts
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The part a tensor belongs to and its name there, as files have it; names without a part are the UNet's."""
+    part, _, rest = name.partition(".")
+    if part not in _KOHYA_PREFIX:
+        return "unet", name
+    if part == "text_encoder" and not rest.startswith("text_model."):  # transformers 5 leaves it out, files do not
+        rest = f"text_model.{rest}"
+    return part, rest
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
