@@ -1,12 +1,14 @@
 """Writes the bundled ten-shot domains: `python sources/avatars/domains.py` (needs Node.js; deterministic)."""
 
 import io
+import json
 import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from captions import caption, read_attributes
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -21,6 +23,8 @@ DOMAINS = {
     "sunglasses": f"Avatars that all wear sunglasses, which the source model has never seen. An attribute. {AVATAAARS}",
     "watercolour": f"Avatars painted over by a filter: wet edges, washes, cream paper. A painterly style. {AVATAAARS}",
 }
+STYLE = {"sunglasses": ("glasses", "eyes"), "watercolour": ("background",)}
+"""Of captioned domains: the attributes that the style decides, which captions leave to it."""
 
 
 def render(domain: str, split: str, count: int) -> list[Image.Image]:
@@ -30,12 +34,26 @@ def render(domain: str, split: str, count: int) -> list[Image.Image]:
         return [Image.fromarray(pixels) for pixels in np.fromfile(path, np.uint8).reshape(-1, 64, 64, 3)]
 
 
+def captions(domain: str, count: int) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pictures.jsonl"
+        subprocess.run(["node", HERE / "render.mjs", domain, str(count), "training", path, "0"], check=True)
+        known = read_attributes(path)
+    return [caption({name: words for name, words in a.items() if name not in STYLE[domain]}) for a in known]
+
+
 def main() -> None:
     for domain, credit in DOMAINS.items():
         folder = OUT / domain
         (folder / "train").mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(render(domain, "training", NUM_TRAINING)):
             picture.save(folder / "train" / f"{index:02d}.png", optimize=True)
+        if domain in STYLE:
+            lines = [
+                json.dumps({"file_name": f"{index:02d}.png", "text": text})
+                for index, text in enumerate(captions(domain, NUM_TRAINING))
+            ]
+            (folder / "train" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         with zipfile.ZipFile(folder / "heldout.zip", "w", zipfile.ZIP_STORED) as archive:
             for index, picture in enumerate(render(domain, "heldout", NUM_HELDOUT)):
                 buffer = io.BytesIO()

@@ -39,6 +39,14 @@ def test_table_of_a_comparison(capsys):
 
 def test_lines_of_an_evaluation(capsys):
     result = {**MEASURED, "kid": None, "reasons": {"kid": "no reference"}, "num_images": 8, "copy_protocol": "nearest"}
+    result |= {
+        "precision": 0.5,
+        "recall": 0.25,
+        "density": 0.75,
+        "coverage": 1.0,
+        "vendi": 3.5,
+        "coverage_protocol": "k",
+    }
     print_evaluation(result)
     lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
@@ -46,6 +54,11 @@ def test_lines_of_an_evaluation(capsys):
         ["fid", "98.7000"],
         ["intra_lpips", "0.4567"],
         ["copy_rate", "0.1250", "nearest"],
-        ["nearest_lpips", "0.3000"],
+        ["nearest_lpips", "0.3000", "nearest"],
+        ["precision", "0.5000", "k"],
+        ["recall", "0.2500", "k"],
+        ["density", "0.7500", "k"],
+        ["coverage", "1.0000", "k"],
+        ["vendi", "3.5000"],
         ["num_images", "8"],
     ]

@@ -18,7 +18,8 @@ from domainstudio.evaluation.weights import find_weights
 from domainstudio.training.methods import METHODS
 
 NUMBERS = ("intra_lpips", "kid", "fid", "copy_rate", "nearest_lpips")
-PROTOCOLS = ("intra_lpips_protocol", "copy_protocol", "kid_protocol", "fid_protocol")
+COVERAGE = ("precision", "recall", "density", "coverage", "vendi")
+PROTOCOLS = tuple(f"{name}_protocol" for name in ("intra_lpips", "copy", "kid", "fid", "coverage", "vendi"))
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ class TestEvaluate:
     def test_a_run(self, full_run, pictures, heldout):
         given = (full_run, "--instance-data-dir", pictures, "--reference-dir", heldout, "--num-images", 12)
         measured = evaluated(*given)
-        assert all(isinstance(measured[name], float) for name in NUMBERS)
+        assert all(isinstance(measured[name], float) for name in (*NUMBERS, *COVERAGE))
         assert all(isinstance(measured[name], str) for name in PROTOCOLS)
         assert (measured["num_images"], measured["num_reference"], measured["reasons"]) == (12, 12, {})
         assert len(measured["nearest_indices"]) == 12
@@ -89,7 +90,7 @@ class TestEvaluate:
         given = (full_run, "--instance-data-dir", pictures, "--reference-dir", heldout, "--num-images", 12)
         measured, lines = evaluated(*given), succeeds("evaluate", *given).out.splitlines()
         shown = {line.split()[0]: line.split()[1] for line in lines}
-        assert shown == {**{name: f"{measured[name]:.4f}" for name in NUMBERS}, "num_images": "12"}
+        assert shown == {**{name: f"{measured[name]:.4f}" for name in (*NUMBERS, *COVERAGE)}, "num_images": "12"}
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -100,7 +101,7 @@ def test_without_weights_everything_runs_and_says_what_is_missing(full_run, pict
         assert measured[name] is None
         assert "weights are not here" in measured["reasons"][name]
     assert measured["num_images"] == 3
-    assert succeeds("evaluate", *given).out.count("weights are not here") == len(NUMBERS)
+    assert succeeds("evaluate", *given).out.count("weights are not here") == len((*NUMBERS, "vendi"))
     report = tmp_path / "report.html"
     result = succeeds("compare", full_run, "--num-images", 3, "--output", report)
     assert "weights are not here" in result.out

@@ -1,6 +1,8 @@
 import pytest
 
 from domainstudio.data import bundled
+from domainstudio.data.captions import read_captions
+from domainstudio.data.domain import load_domain
 from domainstudio.errors import UserError
 
 
@@ -44,3 +46,12 @@ def test_unknown_names_list_what_exists():
     for name in ("", ".", "..", "../models/faces", "emoji/train", "xyz"):
         with pytest.raises(UserError, match="available"):
             bundled.bundled_heldout(name)
+
+
+@pytest.mark.parametrize("domain", ["sunglasses", "watercolour"])
+def test_captions_say_what_is_in_each_picture_but_not_its_style(domain):
+    folder = bundled.bundled_domain(domain)
+    captions = read_captions(folder, load_domain(f"bundled:{domain}", 64).paths, "files")
+    assert len(set(captions)) == 10
+    assert all(caption is not None and caption.startswith("a portrait of a ") for caption in captions)
+    assert not any(domain in caption for caption in captions if caption)

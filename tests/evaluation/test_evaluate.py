@@ -7,7 +7,7 @@ from stub_networks import Stub
 from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights, UserError
-from domainstudio.evaluation import features, metrics
+from domainstudio.evaluation import coverage, features, metrics
 from domainstudio.evaluation.evaluate import NO_REFERENCE, Evaluation, Evaluator, Protocol
 
 
@@ -15,6 +15,8 @@ def pictures(num: int, seed: int) -> Tensor:
     return F.interpolate(torch.rand(num, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1, (32, 32))
 
 
+COMPARED = ("kid", "fid", "precision", "recall", "density", "coverage")
+"""What compares with the reference pictures."""
 TRAINING, REFERENCE, IMAGES = pictures(4, 0), pictures(200, 1), pictures(60, 2)
 
 
@@ -38,6 +40,9 @@ def test_an_evaluation_is_the_metrics_of_the_features():
     assert evaluation.nearest_distances == pytest.approx(either.min(1).values.tolist(), rel=1e-3)
     assert evaluation.kid == pytest.approx(1e3 * metrics.kernel_distance(images, reference))
     assert evaluation.fid == pytest.approx(metrics.frechet_distance(images, reference))
+    for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
+        assert getattr(evaluation, name) == getattr(coverage, name)(images, reference, k)
+    assert evaluation.vendi == coverage.vendi_score(images)
     assert (evaluation.num_images, evaluation.num_reference) == (60, 200)
     assert (evaluation.reasons, evaluation.notes) == ({}, ())
     assert evaluation.intra_lpips_protocol == "CDC: LPIPS-VGG at 32 px, 60 images, at most 50 a cluster"
@@ -85,7 +90,8 @@ def test_without_reference_no_kid_and_a_threshold_from_the_spread():
     evaluation = Evaluator(TRAINING, None).evaluate(IMAGES)
     assert evaluation.kid is None
     assert evaluation.fid is None
-    assert evaluation.reasons == {"kid": NO_REFERENCE, "fid": NO_REFERENCE}
+    assert evaluation.reasons == dict.fromkeys(COMPARED, NO_REFERENCE)
+    assert evaluation.vendi is not None
     assert evaluation.copy_rate is not None
     assert "among the 4 training pictures" in evaluation.copy_protocol
     plain(evaluation)
@@ -108,7 +114,10 @@ def test_training_pictures_in_the_reference_are_noted_and_do_not_hide_copies():
 @pytest.mark.usefixtures("stubs")
 def test_too_few_pictures_have_reasons():
     single = Evaluator(TRAINING[:1], REFERENCE[:1]).evaluate(IMAGES[:1])
-    assert set(single.reasons) == {"intra_lpips", "kid", "fid"}
+    assert set(single.reasons) == {"intra_lpips", *COMPARED}
+    few = Evaluator(TRAINING, REFERENCE[:4]).evaluate(IMAGES)
+    assert set(few.reasons) == {"density", "coverage"}
+    assert "60 pictures against 4: this needs at least 6 in each set" in few.reasons["density"]
     lonely = Evaluator(TRAINING[:1], None).evaluate(IMAGES[:2])
     assert "--reference-dir" in lonely.reasons["copy_rate"]
     assert lonely.nearest_lpips is not None
@@ -124,7 +133,7 @@ def test_missing_weights_are_reasons_not_exceptions(monkeypatch):
 
     monkeypatch.setattr(features, "find_weights", find_weights)
     evaluation = Evaluator(TRAINING, REFERENCE).evaluate(IMAGES)
-    names = {"intra_lpips", "nearest_lpips", "copy_rate", "copy_threshold", "kid", "fid"}
+    names = {"intra_lpips", "nearest_lpips", "copy_rate", "copy_threshold", "vendi", *COMPARED}
     assert set(evaluation.reasons) == names
     assert all(getattr(evaluation, name) is None for name in names)
     assert evaluation.reasons["intra_lpips"].startswith("no lpips-vgg here")
@@ -138,7 +147,7 @@ def test_missing_inception_leaves_the_rest(monkeypatch):
     monkeypatch.setattr(features, "load_inception", lambda: features.load_lpips(features.find_weights("gone")))
     monkeypatch.setattr(features, "find_weights", lambda name: (_ for _ in ()).throw(MissingWeights("gone")))
     evaluation = Evaluator(TRAINING, REFERENCE).evaluate(IMAGES)
-    assert evaluation.reasons == {"kid": "gone", "fid": "gone"}
+    assert evaluation.reasons == dict.fromkeys((*COMPARED, "vendi"), "gone")
     assert evaluation.intra_lpips is not None
 
 
@@ -158,7 +167,8 @@ def test_memory_stays_with_one_batch_or_one_cluster(monkeypatch):
     sizes, embed = [], features.embed
 
     def counted(network: nn.Module, images: Tensor, *args, **kwargs) -> Tensor:
-        sizes.append(len(images))
+        if not kwargs:  # Inception's features are small: all are kept
+            sizes.append(len(images))
         return embed(network, images, *args, **kwargs)
 
     monkeypatch.setattr(features, "embed", counted)

@@ -84,14 +84,20 @@ def print_table(entries: Sequence[ReportEntry]) -> None:
         console.print(f"– {reason}", markup=False, highlight=False)
 
 
+_PROTOCOLS = {
+    **{"kid": "kid", "fid": "fid", "intra_lpips": "intra_lpips", "copy_rate": "copy", "nearest_lpips": "copy"},
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), "coverage"),
+    "vendi": "vendi",
+}
+"""The numbers that are printed, and whose protocol they were measured by."""
 _COLUMNS = (("kid", 1), ("fid", 1), ("intra_lpips", 3), ("nearest_lpips", 3))
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
     """One evaluation, a line a number, with protocol or reason."""
     reasons = result.get("reasons", {})
-    for name in ("kid", "fid", "intra_lpips", "copy_rate", "nearest_lpips", "num_images"):
-        note = reasons.get(name) or result.get(f"{name.removesuffix('_rate')}_protocol") or ""
+    for name in (*_PROTOCOLS, "num_images"):
+        note = reasons.get(name) or result.get(f"{_PROTOCOLS.get(name)}_protocol") or ""
         print(f"{name:14} {_number(result[name], 4):>10}   {note}".rstrip())
 
 

@@ -205,7 +205,8 @@ def _judge(bad: BadPicture) -> Finding:
     if not isinstance(bad, NotAPicture) or has_picture_suffix(path):
         return bad.finding
     if path.suffix.lower() in SIDECAR_SUFFIXES:
-        return Finding(path, "note", "is text beside the pictures", "it is not used; nothing to do")
+        advice = 'captions = "files" reads NAME.txt, NAME.caption and metadata.jsonl; else nothing to do'
+        return Finding(path, "note", "is text beside the pictures", advice)
     return Finding(path, "warning", "is not a picture; it is not used", "remove it, or save it as PNG if it is one")
 
 

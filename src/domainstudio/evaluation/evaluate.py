@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from domainstudio.errors import MissingWeights, UserError
-from domainstudio.evaluation import metrics
+from domainstudio.evaluation import coverage, metrics
 from domainstudio.evaluation.features import Backbone, Networks, Pictures, Progress
 
 SAME_PICTURE = 1e-4  # LPIPS; above the rounding of `pairwise_lpips`, far below any two different pictures
+_COVERAGE = (  # with the published numbers of neighbours
+    *(("precision", coverage.precision, 3), ("recall", coverage.recall, 3)),
+    *(("density", coverage.density, 5), ("coverage", coverage.coverage, 5)),
+)
 NO_REFERENCE = (
-    "FID/KID against the training pictures would reward copying (METHOD): give --reference-dir with held-out pictures"
+    "KID, FID and coverage against the training pictures would reward copying: give --reference-dir with held-out "
+    "pictures"
 )
 
 
@@ -70,10 +75,17 @@ class Evaluation:
     copy_threshold: float | None
     kid: float | None  # x 10^3
     fid: float | None
+    precision: float | None  # do the pictures look real
+    recall: float | None  # is everything real among them
+    density: float | None  # 1 for the real distribution
+    coverage: float | None
+    vendi: float | None  # effective number of different pictures
     intra_lpips_protocol: str
     copy_protocol: str
     kid_protocol: str
     fid_protocol: str
+    coverage_protocol: str
+    vendi_protocol: str
     nearest_indices: tuple[int, ...] = ()
     nearest_distances: tuple[float, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
@@ -154,6 +166,11 @@ class Evaluator:
         rate = measured("copy_rate", lambda: metrics.copy_rate(pictures.nearest[0], self._threshold[0]))
         kid = measured("kid", lambda: 1e3 * metrics.kernel_distance(*self._compared(pictures)))
         fid = measured("fid", lambda: metrics.frechet_distance(*self._compared(pictures)))
+        precise, recalled, dense, covered = (
+            measured(name, lambda measure=measure, k=k: measure(*self._compared(pictures, k + 1), k))
+            for name, measure, k in _COVERAGE
+        )
+        vendi = measured("vendi", lambda: coverage.vendi_score(pictures.inception))
         distances, indices = pictures.nearest if mean_nearest is not None else (torch.empty(0), torch.empty(0))
         sets = self._sets(pictures)
         return Evaluation(
@@ -165,11 +182,19 @@ class Evaluator:
             copy_threshold=threshold,
             kid=kid,
             fid=fid,
+            precision=precise,
+            recall=recalled,
+            density=dense,
+            coverage=covered,
+            vendi=vendi,
             intra_lpips_protocol=self.protocol.describe(len(pictures)),
             copy_protocol=f"{self.protocol.lpips_name} to the nearest training picture or its mirror image"
             + (f"; a copy is nearer than {self._threshold[1]}" if threshold is not None else ""),
             kid_protocol=f"KID x 10³, unbiased, whole sets: {sets}",
             fid_protocol=f"FID, bicubic to 299 px: {sets}: compare only with values measured the same way",
+            coverage_protocol="Inception features, 3 neighbours for precision and recall, 5 for density and coverage: "
+            + sets,
+            vendi_protocol=f"effective number of different pictures among {len(pictures)}, by Inception features",
             nearest_indices=tuple(int(i) for i in indices),
             nearest_distances=tuple(float(d) for d in distances),
             reasons=reasons,
@@ -208,18 +233,18 @@ class Evaluator:
         return metrics.spread_threshold(self._training.distances[1]), rule, notes
 
     def _sizes(self, pictures: Pictures) -> tuple[int, int]:
-        """How many pictures KID and FID compare with how many."""
+        """How many pictures KID, FID and coverage compare with how many."""
         if pictures is self._reference:
             return len(pictures) // 2, len(pictures) - len(pictures) // 2
         return len(pictures), len(self._reference) if self._reference else 0
 
-    def _compared(self, pictures: Pictures) -> tuple[Tensor, Tensor]:
-        """Inception features of the two sets that KID and FID compare."""
+    def _compared(self, pictures: Pictures, at_least: int = 2) -> tuple[Tensor, Tensor]:
+        """Inception features of the two sets that KID, FID and coverage compare."""
         if self._reference is None:
             raise _Unmeasured(NO_REFERENCE)
-        if min(sizes := self._sizes(pictures)) < 2:
+        if min(sizes := self._sizes(pictures)) < at_least:
             raise _Unmeasured(
-                f"{sizes[0]} pictures against {sizes[1]}: KID and FID need at least 2 in each set, and hundreds to "
+                f"{sizes[0]} pictures against {sizes[1]}: this needs at least {at_least} in each set, and hundreds to "
                 "mean something; give more"
             )
         if pictures is not self._reference:
