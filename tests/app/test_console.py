@@ -45,6 +45,10 @@ def test_lines_of_an_evaluation(capsys):
         "density": 0.75,
         "coverage": 1.0,
         "vendi": 3.5,
+        "cmmd": 0.1,
+        "fd_dino": 0.2,
+        "clip_image": 0.3,
+        "clip_text": 0.4,
         "coverage_protocol": "k",
     }
     print_evaluation(result)
@@ -60,5 +64,9 @@ def test_lines_of_an_evaluation(capsys):
         ["density", "0.7500", "k"],
         ["coverage", "1.0000", "k"],
         ["vendi", "3.5000"],
+        ["cmmd", "0.1000"],
+        ["fd_dino", "0.2000"],
+        ["clip_image", "0.3000"],
+        ["clip_text", "0.4000"],
         ["num_images", "8"],
     ]

@@ -15,7 +15,7 @@ from text_settings import FAST_TEXT, PROMPTS
 
 from domainstudio.app import materials
 from domainstudio.app.compare import NUM_PROMPTED
-from domainstudio.app.draw import draw_from, open_result
+from domainstudio.app.draw import draw_from, open_result, prompts_of
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import open_pictures, prior_prompts
 from domainstudio.app.recipe import Recipe
@@ -404,6 +404,11 @@ class TestSampling:
         assert result.code == 2
         assert "has 22 tokens; the model reads 16: shorten it" in result.err
         assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_is_measured_of_is_known(text_lora_run, text_full_run, plain_run):
+    assert prompts_of(text_lora_run, 3) == ["a portrait, xyz style"] * 3
+    assert prompts_of(text_full_run / "pipeline", 3) == prompts_of(plain_run, 3) == []
 
 
 def test_settings_of_text_models_survive_the_config(recipe):

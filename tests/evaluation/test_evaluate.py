@@ -16,7 +16,8 @@ def pictures(num: int, seed: int) -> Tensor:
 
 
 COMPARED = ("kid", "fid", "precision", "recall", "density", "coverage")
-"""What compares with the reference pictures."""
+"""What compares with the reference pictures, by default."""
+ON_REQUEST = ("cmmd", "fd_dino", "clip_image", "clip_text")
 TRAINING, REFERENCE, IMAGES = pictures(4, 0), pictures(200, 1), pictures(60, 2)
 
 
@@ -44,7 +45,8 @@ def test_an_evaluation_is_the_metrics_of_the_features():
         assert getattr(evaluation, name) == getattr(coverage, name)(images, reference, k)
     assert evaluation.vendi == coverage.vendi_score(images)
     assert (evaluation.num_images, evaluation.num_reference) == (60, 200)
-    assert (evaluation.reasons, evaluation.notes) == ({}, ())
+    assert set(evaluation.reasons) == set(ON_REQUEST)
+    assert evaluation.notes == ()
     assert evaluation.intra_lpips_protocol == "CDC: LPIPS-VGG at 32 px, 60 images, at most 50 a cluster"
     assert "200 reference pictures: compare only with values measured the same way" in evaluation.fid_protocol
     assert plain(evaluation)["fid"] == evaluation.fid
@@ -90,7 +92,7 @@ def test_without_reference_no_kid_and_a_threshold_from_the_spread():
     evaluation = Evaluator(TRAINING, None).evaluate(IMAGES)
     assert evaluation.kid is None
     assert evaluation.fid is None
-    assert evaluation.reasons == dict.fromkeys(COMPARED, NO_REFERENCE)
+    assert {name for name, why in evaluation.reasons.items() if why == NO_REFERENCE} == {*COMPARED, "cmmd", "fd_dino"}
     assert evaluation.vendi is not None
     assert evaluation.copy_rate is not None
     assert "among the 4 training pictures" in evaluation.copy_protocol
@@ -114,9 +116,9 @@ def test_training_pictures_in_the_reference_are_noted_and_do_not_hide_copies():
 @pytest.mark.usefixtures("stubs")
 def test_too_few_pictures_have_reasons():
     single = Evaluator(TRAINING[:1], REFERENCE[:1]).evaluate(IMAGES[:1])
-    assert set(single.reasons) == {"intra_lpips", *COMPARED}
+    assert set(single.reasons) == {"intra_lpips", *COMPARED, *ON_REQUEST}
     few = Evaluator(TRAINING, REFERENCE[:4]).evaluate(IMAGES)
-    assert set(few.reasons) == {"density", "coverage"}
+    assert set(few.reasons) == {"density", "coverage", *ON_REQUEST}
     assert "60 pictures against 4: this needs at least 6 in each set" in few.reasons["density"]
     lonely = Evaluator(TRAINING[:1], None).evaluate(IMAGES[:2])
     assert "--reference-dir" in lonely.reasons["copy_rate"]
@@ -133,7 +135,7 @@ def test_missing_weights_are_reasons_not_exceptions(monkeypatch):
 
     monkeypatch.setattr(features, "find_weights", find_weights)
     evaluation = Evaluator(TRAINING, REFERENCE).evaluate(IMAGES)
-    names = {"intra_lpips", "nearest_lpips", "copy_rate", "copy_threshold", "vendi", *COMPARED}
+    names = {"intra_lpips", "nearest_lpips", "copy_rate", "copy_threshold", "vendi", *COMPARED, *ON_REQUEST}
     assert set(evaluation.reasons) == names
     assert all(getattr(evaluation, name) is None for name in names)
     assert evaluation.reasons["intra_lpips"].startswith("no lpips-vgg here")
@@ -147,7 +149,7 @@ def test_missing_inception_leaves_the_rest(monkeypatch):
     monkeypatch.setattr(features, "load_inception", lambda: features.load_lpips(features.find_weights("gone")))
     monkeypatch.setattr(features, "find_weights", lambda name: (_ for _ in ()).throw(MissingWeights("gone")))
     evaluation = Evaluator(TRAINING, REFERENCE).evaluate(IMAGES)
-    assert evaluation.reasons == dict.fromkeys((*COMPARED, "vendi"), "gone")
+    assert {name for name, why in evaluation.reasons.items() if why == "gone"} == {*COMPARED, "vendi"}
     assert evaluation.intra_lpips is not None
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -151,3 +153,28 @@ def test_drift_is_the_mean_distance_of_partners():
     expected = sum(float(((a.double() - b.double()) ** 2).sum()) for a, b in zip(adapted, source, strict=True)) / 5
     assert metrics.drift(adapted, source) == pytest.approx(expected, rel=1e-12)
     assert metrics.drift(adapted.flip(0), source) != pytest.approx(expected, rel=1e-3)
+
+
+class TestGaussianDistance:
+    def test_it_is_the_literal_sum(self):
+        a, b = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (5, 7))
+
+        def kernel(x, y):
+            return (
+                sum(math.exp(-(math.dist(p, q) ** 2) / 200) for p in x.tolist() for q in y.tolist()) / len(x) / len(y)
+            )
+
+        expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+        assert metrics.gaussian_distance(a, b) == pytest.approx(expected, rel=1e-6)
+        assert metrics.gaussian_distance(b, a) == pytest.approx(expected, rel=1e-6)
+
+    def test_closed_forms(self):
+        one, other = torch.zeros(1, 3), torch.tensor([[3.0, 4.0, 0.0]])
+        assert metrics.gaussian_distance(one, other, sigma=5) == pytest.approx(2 - 2 * math.exp(-0.5))
+        assert metrics.gaussian_distance(one, one) == 0
+
+
+def test_alignment_is_of_all_with_all_and_prompt_alignment_of_partners():
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    assert metrics.alignment(a, b) == pytest.approx((1 + 0.6 + 0 + 0.8) / 4)
+    assert metrics.prompt_alignment(a, b) == pytest.approx((1 + 0.8) / 2)

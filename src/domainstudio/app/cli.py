@@ -46,10 +46,10 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
-    demo.add_argument("--domain", default="bundled:ink", help="training pictures (default: %(default)s)")
-    _option(demo, "--output-dir", type=Path, default=Path("demo"))
-    steps = "95 for a near style, 500 for a far one (default: %(default)s)"
-    _option(demo, "--max-train-steps", type=_positive, default=500, help=steps)
+    demo.add_argument("--text", action="store_true", help="of a text-to-image model: DreamBooth against DomainStudio")
+    demo.add_argument("--domain", default=None, help="training pictures (default: bundled:ink; bundled:watercolour)")
+    _option(demo, "--output-dir", type=Path, default=None, help="folder of runs and report (default: demo; demo-text)")
+    _option(demo, "--max-train-steps", type=_positive, default=None, help="(default: what the default domain needs)")
     _option(
         demo, "--num-images", type=_positive, default=64, help="samples measured of each model (default: %(default)s)"
     )
@@ -161,20 +161,32 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         help="side at which LPIPS looks; default: the pictures', at most 256",
     )
     parser.add_argument("--intra", choices=["cdc", "crdi"], default="cdc", help="protocol of Intra-LPIPS")
+    theirs = "folder or hub name on this machine; default: the published one"
+    parser.add_argument("--clip", nargs="?", const="", metavar="NAME", help=f"CMMD and CLIP alignment ({theirs})")
+    parser.add_argument("--dino", nargs="?", const="", metavar="NAME", help=f"FD-DINOv2 ({theirs})")
 
 
 def _protocol(args: argparse.Namespace):
     from domainstudio.evaluation.evaluate import Protocol
+    from domainstudio.evaluation.foundation import CLIP, DINO
 
-    return Protocol(lpips=args.lpips, lpips_px=args.lpips_px, intra=args.intra, seed=args.seed)
+    return Protocol(
+        lpips=args.lpips,
+        lpips_px=args.lpips_px,
+        intra=args.intra,
+        clip=CLIP if args.clip == "" else args.clip,
+        dino=DINO if args.dino == "" else args.dino,
+        seed=args.seed,
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:
     from domainstudio.app.console import Console, print_table
-    from domainstudio.app.demo import run_demo
+    from domainstudio.app.demo import PICTURES, TEXT, run_demo
 
     with Console() as console:
         result = run_demo(
+            TEXT if args.text else PICTURES,
             args.output_dir,
             args.domain,
             args.max_train_steps,

@@ -11,6 +11,7 @@ from domainstudio.app.draw import (
     draw_from,
     draw_pictures,
     open_result,
+    prompts_of,
     source_guidance,
     validation_guidance,
 )
@@ -71,7 +72,8 @@ def evaluate_pictures(
     resolution = images.shape[-1]
     training = load_domain(instance_data_dir, resolution).images
     reference = _reference(instance_data_dir, reference_dir, resolution)
-    return Evaluator(training, reference, protocol or Protocol(), progress).evaluate(images)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress)
+    return evaluator.evaluate(images, prompts_of(target, num_images) if is_model else ())
 
 
 def compare_runs(
@@ -164,7 +166,8 @@ def _run_entry(
         None if model.condition is None else validation_guidance(recipe, num_images),
     )
     note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {recipe.max_train_steps} steps"
-    entry = _entry(title, note, pictures, evaluator.evaluate(pictures), "result")
+    evaluation = evaluator.evaluate(pictures, prompts_of(folder.path, num_images))
+    entry = _entry(title, note, pictures, evaluation, "result")
     sheets = sorted(folder.samples.glob("step_*"))
     previews = [(int(sheet.name.removeprefix("step_")), read_pictures(sheet)) for sheet in sheets]
     return replace(

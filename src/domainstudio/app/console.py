@@ -79,15 +79,16 @@ def print_table(entries: Sequence[ReportEntry]) -> None:
         table.add_row(entry.title, *cells, copies, str(entry.metrics.get("num_images", "–")))
     console = rich.console.Console()
     console.print(table)
-    reasons = {reason for entry in entries for reason in entry.metrics.get("reasons", {}).values()}
-    for reason in sorted(reasons):
+    shown = (*(name for name, _ in _COLUMNS), "copy_rate")
+    reasons = [entry.metrics.get("reasons", {}) for entry in entries]
+    for reason in sorted({own[name] for own in reasons for name in shown if name in own}):
         console.print(f"– {reason}", markup=False, highlight=False)
 
 
 _PROTOCOLS = {
     **{"kid": "kid", "fid": "fid", "intra_lpips": "intra_lpips", "copy_rate": "copy", "nearest_lpips": "copy"},
     **dict.fromkeys(("precision", "recall", "density", "coverage"), "coverage"),
-    "vendi": "vendi",
+    **{"vendi": "vendi", "cmmd": "clip", "fd_dino": "dino", "clip_image": "clip", "clip_text": "clip"},
 }
 """The numbers that are printed, and whose protocol they were measured by."""
 _COLUMNS = (("kid", 1), ("fid", 1), ("intra_lpips", 3), ("nearest_lpips", 3))

@@ -1,7 +1,9 @@
-"""Use case: the demonstration, plain fine-tuning against DomainStudio on a bundled domain."""
+"""Use case: the demonstration, plain fine-tuning or DreamBooth against DomainStudio on a bundled domain."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from domainstudio.app.compare import METHOD_TITLES, Comparison, Progress, compare_runs
 from domainstudio.app.folder import RunFolder
@@ -10,41 +12,81 @@ from domainstudio.app.runs import train_run
 from domainstudio.errors import UserError
 from domainstudio.training.train import Observer
 
-METHODS_SHOWN = ("finetune", "studio")
+
+@dataclass(frozen=True)
+class Demo:
+    """What is shown: the methods, their common settings, and what the results are asked for besides."""
+
+    methods: tuple[str, ...]
+    domain: str
+    max_train_steps: int
+    output_dir: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+
+
+PICTURES = Demo(("finetune", "studio"), "bundled:ink", 400, Path("demo"))
+TEXT = Demo(
+    ("dreambooth", "studio"),
+    "bundled:watercolour",
+    100,
+    Path("demo-text"),
+    settings={
+        "pretrained_model_name_or_path": "bundled:avatars-text",
+        "instance_prompt": "{caption}, sks style",
+        "class_prompt": "a portrait of a person",
+        "captions": "files",
+        "learning_rate": 1e-3,
+        "train_batch_size": 10,
+        "pair_batch_size": 10,
+        "guidance_scale": 2.0,
+    },
+    captions=(  # none of the ten training pictures shows any of these
+        "a portrait of a woman with big curly red hair and round glasses",
+        "a portrait of a man with a turban, smiling",
+        "a portrait of a person with flowers in the hair, wearing a green hoodie",
+        "a portrait of a man with short black hair and a moustache",
+    ),
+)
 
 
 def run_demo(
-    output_dir: Path,
-    domain: str = "bundled:ink",
-    max_train_steps: int = 500,
+    shown: Demo,
+    output_dir: Path | None = None,
+    domain: str | None = None,
+    max_train_steps: int | None = None,
     num_images: int = 64,
     observers: Callable[[Recipe], Sequence[Observer]] = lambda recipe: (),
     progress: Progress | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> Comparison:
-    """Plain fine-tuning against DomainStudio on a bundled domain, from the bundled source, with a report.
+    """Trains each method on a bundled domain, from the bundled source, and compares them in a report.
 
     Finished runs in `output_dir` with the same recipe are kept, so that a second call only measures again.
     """
-    runs = []
-    for method in METHODS_SHOWN:
+    runs, steps = [], max_train_steps or shown.max_train_steps
+    output_dir = output_dir or shown.output_dir
+    for method in shown.methods:
         run = output_dir / method
         settings = {
-            "instance_data_dir": domain,
+            "instance_data_dir": domain or shown.domain,
             "output_dir": str(run),
             "method": method,
-            "max_train_steps": max_train_steps,
-            "validation_steps": max(1, max_train_steps // 4),
-            "checkpointing_steps": max(1, max_train_steps // 2),
+            "max_train_steps": steps,
+            "validation_steps": max(1, steps // 4),
+            "checkpointing_steps": max(1, steps // 2),
             "num_validation_images": 4,
+            **shown.settings,
         }
         recipe = build_recipe(None, settings)
-        log(f"training {METHOD_TITLES[method][0]} on {domain}, {max_train_steps} steps")
+        log(f"training {METHOD_TITLES[method][0]} on {recipe.instance_data_dir}, {steps} steps")
         if not _is_finished(run, recipe):
             resume = "latest" if run.is_dir() and any(run.iterdir()) else None
             train_run(recipe, resume, observers(recipe), _drawing(progress), log)
         runs.append(run)
-    return compare_runs(runs, output_dir / "report.html", num_images=num_images, progress=progress)
+    return compare_runs(
+        runs, output_dir / "report.html", num_images=num_images, progress=progress, captions=shown.captions
+    )
 
 
 def _drawing(progress: Progress | None) -> Callable[[int, int], None] | None:

@@ -95,6 +95,14 @@ def open_result(folder: RunFolder, device: torch.device | str = "cpu") -> Diffus
     return model
 
 
+def prompts_of(run: Path, num_images: int) -> list[str]:
+    """What `draw_pictures` asks a run for by itself, one a picture; empty where that is nothing, or not known."""
+    folder = RunFolder(run)
+    if not folder.config.is_file() or (recipe := folder.recipe()).instance_prompt is None:
+        return []
+    return list(validation_guidance(recipe, num_images).prompts)
+
+
 def validation_guidance(recipe: Recipe, num_images: int) -> TextGuidance:
     """How previews and measurements of a text-to-image run are drawn: validation_prompt, or the instance_prompt."""
     plain = recipe.prior_prompt or recipe.class_prompt or ""

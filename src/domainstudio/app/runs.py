@@ -22,8 +22,8 @@ from domainstudio.models.condition import TextDenoiser
 from domainstudio.models.load import save_pipeline
 from domainstudio.models.lora_files import save_diffusers_lora, save_lora
 from domainstudio.models.model import DiffusionModel
-from domainstudio.models.quiet import quiet
 from domainstudio.models.sample import Progress
+from domainstudio.quiet import quiet
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheets

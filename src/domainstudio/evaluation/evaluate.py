@@ -5,7 +5,7 @@ pictures (and their mirror images) are kept. Generated images are embedded in ba
 Intra-LPIPS then embeds one cluster at a time again (about 100 MB at 64 px), which costs little beside the Inception.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, metrics
 from domainstudio.evaluation.features import Backbone, Networks, Pictures, Progress
+from domainstudio.evaluation.foundation import DINO_PX
 
 SAME_PICTURE = 1e-4  # LPIPS; above the rounding of `pairwise_lpips`, far below any two different pictures
 _COVERAGE = (  # with the published numbers of neighbours
@@ -28,6 +29,10 @@ NO_REFERENCE = (
 )
 
 
+Sight = Literal["inception", "clip", "dino"]
+"""Whose features of `Pictures` are compared."""
+
+
 class _Unmeasured(Exception):
     """A number that these pictures cannot give; the message says why and how to get it."""
 
@@ -36,12 +41,15 @@ class _Unmeasured(Exception):
 class Protocol:
     """How to measure; numbers of different protocols must not be compared.
 
-    `lpips_px=None` means the training pictures' own size, at least 32 and at most 256.
+    `lpips_px=None` means the training pictures' own size, at least 32 and at most 256. `clip` and `dino` are a
+    folder or hub name on this machine (`foundation.CLIP`, `foundation.DINO`); None leaves their numbers out.
     """
 
     lpips: Backbone = "vgg"
     lpips_px: int | None = None
     intra: Literal["cdc", "crdi"] = "cdc"
+    clip: str | None = None
+    dino: str | None = None
     max_per_cluster: int = 50
     seed: int = 0
 
@@ -80,12 +88,18 @@ class Evaluation:
     density: float | None  # 1 for the real distribution
     coverage: float | None
     vendi: float | None  # effective number of different pictures
+    cmmd: float | None  # x 10^3
+    fd_dino: float | None
+    clip_image: float | None  # likeness to the training pictures; a copier's is the highest
+    clip_text: float | None  # likeness to the prompts
     intra_lpips_protocol: str
     copy_protocol: str
     kid_protocol: str
     fid_protocol: str
     coverage_protocol: str
     vendi_protocol: str
+    clip_protocol: str
+    dino_protocol: str
     nearest_indices: tuple[int, ...] = ()
     nearest_distances: tuple[float, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
@@ -120,7 +134,7 @@ class Evaluator:
         _check(training, "training")
         px = protocol.lpips_px or max(32, min(256, *training.shape[-2:]))
         self.protocol = replace(protocol, lpips_px=px)
-        self._networks = Networks(training, protocol.lpips, px, progress)
+        self._networks = Networks(training, protocol.lpips, px, progress, protocol.clip, protocol.dino)
         self._training = Pictures(self._networks, training, "training pictures")
         self._reference = None
         if reference is not None:
@@ -128,10 +142,12 @@ class Evaluator:
             self._reference = Pictures(self._networks, reference, "reference pictures")
 
     @torch.inference_mode()
-    def evaluate(self, images: Tensor) -> Evaluation:
-        """Measures generated images, (N, 3, H, W) in [-1, 1]."""
+    def evaluate(self, images: Tensor, prompts: Sequence[str] = ()) -> Evaluation:
+        """Measures generated images, (N, 3, H, W) in [-1, 1], with the prompt of each if there are any."""
         _check(images, "generated")
-        return self._evaluation(Pictures(self._networks, images, "generated images"))
+        if len(prompts) not in (0, len(images)):
+            raise UserError(f"{len(prompts)} prompts for {len(images)} images; give one an image, or none")
+        return self._evaluation(Pictures(self._networks, images, "generated images"), prompts)
 
     @torch.inference_mode()
     def copier(self, num_images: int) -> Evaluation:
@@ -150,7 +166,7 @@ class Evaluator:
             raise UserError("the value of real pictures needs held-out pictures: give --reference-dir")
         return self._evaluation(self._reference)
 
-    def _evaluation(self, pictures: Pictures) -> Evaluation:
+    def _evaluation(self, pictures: Pictures, prompts: Sequence[str] = ()) -> Evaluation:
         reasons: dict[str, str] = {}
 
         def measured(name: str, measure: Callable[[], float]) -> float | None:
@@ -171,6 +187,10 @@ class Evaluator:
             for name, measure, k in _COVERAGE
         )
         vendi = measured("vendi", lambda: coverage.vendi_score(pictures.inception))
+        cmmd = measured("cmmd", lambda: 1e3 * metrics.gaussian_distance(*self._compared(pictures, seen_by="clip")))
+        fd_dino = measured("fd_dino", lambda: metrics.frechet_distance(*self._compared(pictures, seen_by="dino")))
+        clip_image = measured("clip_image", lambda: metrics.alignment(pictures.clip, self._training.clip))
+        clip_text = measured("clip_text", lambda: self._prompt_alignment(pictures, prompts))
         distances, indices = pictures.nearest if mean_nearest is not None else (torch.empty(0), torch.empty(0))
         sets = self._sets(pictures)
         return Evaluation(
@@ -187,6 +207,10 @@ class Evaluator:
             density=dense,
             coverage=covered,
             vendi=vendi,
+            cmmd=cmmd,
+            fd_dino=fd_dino,
+            clip_image=clip_image,
+            clip_text=clip_text,
             intra_lpips_protocol=self.protocol.describe(len(pictures)),
             copy_protocol=f"{self.protocol.lpips_name} to the nearest training picture or its mirror image"
             + (f"; a copy is nearer than {self._threshold[1]}" if threshold is not None else ""),
@@ -195,6 +219,8 @@ class Evaluator:
             coverage_protocol="Inception features, 3 neighbours for precision and recall, 5 for density and coverage: "
             + sets,
             vendi_protocol=f"effective number of different pictures among {len(pictures)}, by Inception features",
+            clip_protocol=f"{self.protocol.clip or 'CLIP'}; CMMD x 10³, biased, sigma 10: {sets}",
+            dino_protocol=f"{self.protocol.dino or 'DINOv2'} at {DINO_PX} px, Fréchet distance: {sets}",
             nearest_indices=tuple(int(i) for i in indices),
             nearest_distances=tuple(float(d) for d in distances),
             reasons=reasons,
@@ -238,8 +264,13 @@ class Evaluator:
             return len(pictures) // 2, len(pictures) - len(pictures) // 2
         return len(pictures), len(self._reference) if self._reference else 0
 
-    def _compared(self, pictures: Pictures, at_least: int = 2) -> tuple[Tensor, Tensor]:
-        """Inception features of the two sets that KID, FID and coverage compare."""
+    def _prompt_alignment(self, pictures: Pictures, prompts: Sequence[str]) -> float:
+        if not prompts:
+            raise _Unmeasured("these pictures were drawn of no prompt that is known")
+        return metrics.prompt_alignment(pictures.clip, self._networks.clip_texts(prompts))
+
+    def _compared(self, pictures: Pictures, at_least: int = 2, seen_by: Sight = "inception") -> tuple[Tensor, Tensor]:
+        """Features of the two sets that KID, FID, coverage, CMMD and FD-DINOv2 compare."""
         if self._reference is None:
             raise _Unmeasured(NO_REFERENCE)
         if min(sizes := self._sizes(pictures)) < at_least:
@@ -247,10 +278,11 @@ class Evaluator:
                 f"{sizes[0]} pictures against {sizes[1]}: this needs at least {at_least} in each set, and hundreds to "
                 "mean something; give more"
             )
+        features = getattr(pictures, seen_by)
         if pictures is not self._reference:
-            return pictures.inception, self._reference.inception
+            return features, getattr(self._reference, seen_by)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(self.protocol.seed))
-        return pictures.inception[order[: sizes[0]]], pictures.inception[order[sizes[0] :]]
+        return features[order[: sizes[0]]], features[order[sizes[0] :]]
 
     def _sets(self, pictures: Pictures) -> str:
         a, b = self._sizes(pictures)

@@ -1,7 +1,10 @@
-"""The metric networks: LPIPS (AlexNet, VGG16) and the Inception of FID/KID. Images are (N, 3, H, W) in [-1, 1]."""
+"""The metric networks: LPIPS (AlexNet, VGG16), the Inception of FID/KID, CLIP and DINOv2, and what they see.
+
+Images are (N, 3, H, W) in [-1, 1].
+"""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -9,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainstudio.errors import MissingWeights
+from domainstudio.evaluation.foundation import embed_texts, load_clip_images, load_dino_images
 from domainstudio.evaluation.metrics import nearest, pairwise_lpips
 from domainstudio.evaluation.weights import find_weights, read_arrays
 
@@ -168,12 +173,21 @@ def embed(
 class Networks:
     """What the metric networks see; loaded when first needed, on the device of the training pictures."""
 
-    def __init__(self, training: Tensor, backbone: Backbone, px: int, progress: Progress | None):
+    def __init__(
+        self,
+        training: Tensor,
+        backbone: Backbone,
+        px: int,
+        progress: Progress | None,
+        clip: str | None = None,
+        dino: str | None = None,
+    ):
         self.training, self.px, self.progress = training, px, progress
         self.backbone: Backbone = backbone
+        self.clip_name, self.dino_name = clip, dino
         # Small batches: on a CPU, memory that the allocator keeps is a fifth faster than fresh memory for every map.
-        self.inception_batch_size = 8 if training.is_cpu else 32
-        self.batch_size = max(1, self.inception_batch_size * 64**2 // self.px**2)
+        self.large_batch_size = 8 if training.is_cpu else 32
+        self.batch_size = max(1, self.large_batch_size * 64**2 // self.px**2)
 
     @cached_property
     def lpips(self) -> nn.Module:
@@ -184,6 +198,20 @@ class Networks:
     def inception(self) -> nn.Module:
         """Raises MissingWeights."""
         return load_inception().to(self.training.device)
+
+    @cached_property
+    def clip(self) -> nn.Module:
+        """Raises MissingWeights."""
+        return load_clip_images(_asked(self.clip_name, "CLIP", "--clip")).to(self.training.device)
+
+    @cached_property
+    def dino(self) -> nn.Module:
+        """Raises MissingWeights."""
+        return load_dino_images(_asked(self.dino_name, "DINOv2", "--dino")).to(self.training.device)
+
+    def clip_texts(self, texts: Sequence[str]) -> Tensor:
+        """CLIP's features of texts, (N, D) on the CPU. Raises MissingWeights."""
+        return embed_texts(texts, _asked(self.clip_name, "CLIP", "--clip"))
 
     @cached_property
     def training_embeddings(self) -> tuple[Tensor, Tensor]:
@@ -198,6 +226,12 @@ class Networks:
         """The listener to the progress of one stage."""
         progress = self.progress
         return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+def _asked(name: str | None, title: str, flag: str) -> str:
+    if name is None:
+        raise MissingWeights(f"{title} was not asked for: give {flag}, with a folder or name if you wish")
+    return name
 
 
 class Pictures:
@@ -238,5 +272,18 @@ class Pictures:
     @cached_property
     def inception(self) -> Tensor:
         """(N, 2048)."""
-        networks, told = self.networks, self.networks.told(f"Inception of the {self.title}")
-        return embed(networks.inception, self.images, networks.inception_batch_size, progress=told).cpu()[self.index]
+        return self._seen_by(self.networks.inception, "Inception")
+
+    @cached_property
+    def clip(self) -> Tensor:
+        """(N, D) of length 1."""
+        return self._seen_by(self.networks.clip, "CLIP")
+
+    @cached_property
+    def dino(self) -> Tensor:
+        """(N, D)."""
+        return self._seen_by(self.networks.dino, "DINOv2")
+
+    def _seen_by(self, network: nn.Module, title: str) -> Tensor:
+        told = self.networks.told(f"{title} of the {self.title}")
+        return embed(network, self.images, self.networks.large_batch_size, progress=told).cpu()[self.index]

@@ -65,6 +65,47 @@ def _mean_off_diagonal(table: Tensor) -> Tensor:
     return (table.sum() - table.trace()) / (len(table) * (len(table) - 1))
 
 
+def gaussian_distance(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
+    """Squared MMD with the kernel exp(-‖x - y‖² / 2 sigma²); CMMD if the features are CLIP's (reported x 10³).
+
+    Args:
+        a: (N, D), of length 1 for CMMD.
+        b: (M, D), likewise.
+        sigma: CMMD's is 10.
+
+    Source: Jayasumana et al. 2024 (arXiv 2401.09603), eq. 4, in the biased form of its released code: never negative.
+    Trap: being biased, it is above 0 for small sets of one distribution; compare only values with the same N and M.
+    """
+    a, b = a.double(), b.double()
+
+    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (
+            (torch.cdist(x, y).square() / (-2 * sigma**2)).expm1().mean()
+        )  # less 1, which cancels: kernels are near 1
+
+    return max(0.0, float(mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)))
+
+
+def alignment(a: Tensor, b: Tensor) -> float:
+    """Mean cosine, -1 to 1, of every row of `a` with every row of `b`; both (., D) of length 1.
+
+    CLIP-I if `a` are CLIP's features of generated and `b` of training pictures.
+
+    Source: Ruiz et al. 2023 (arXiv 2208.12242), section 4.
+    Trap: a copier's is the highest of all.
+    """
+    return float((a.double() @ b.double().T).mean())
+
+
+def prompt_alignment(images: Tensor, prompts: Tensor) -> float:
+    """Mean cosine, -1 to 1, of each picture with its own prompt; both (N, D) of length 1. CLIP-T of CLIP's features.
+
+    Source: Ruiz et al. 2023 (arXiv 2208.12242), section 4; Hessel et al. 2021 (arXiv 2104.08718).
+    Trap: CLIP does not know an identifier such as "sks"; compare only values of the same prompts.
+    """
+    return float((images.double() * prompts.double()).sum(1).mean())
+
+
 def pairwise_lpips(a: Tensor, b: Tensor) -> Tensor:
     """(N, D) and (M, D) embeddings of `Lpips` -> (N, M) distances >= 0.
 

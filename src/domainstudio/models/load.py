@@ -18,7 +18,7 @@ from domainstudio.errors import UserError
 from domainstudio.models.codec import Codec, PixelCodec, VaeCodec
 from domainstudio.models.condition import TextCondition
 from domainstudio.models.model import DiffusionModel
-from domainstudio.models.quiet import quiet
+from domainstudio.quiet import quiet
 
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError),

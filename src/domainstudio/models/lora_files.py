@@ -12,7 +12,7 @@ from torch import Tensor
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import LoraAdaptation
 from domainstudio.models.model import DiffusionModel
-from domainstudio.models.quiet import quiet
+from domainstudio.quiet import quiet
 
 LORA_FILE = "lora.safetensors"
 DIFFUSERS_LORA_FILE = "pytorch_lora_weights.safetensors"
