@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import Attributes, caption, read_attributes
+from captions import Attributes, caption, part_of, read_attributes
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -169,10 +169,7 @@ def asked(build: Path, count: int, robots: int) -> list[Attributes]:
         labelled_attributes(build, name, number) for name, number in (("avatars", count), ("robots", robots))
     )
     generator = torch.Generator().manual_seed(3)
-    return [
-        {name: words for name, words in a.items() if torch.rand((), generator=generator) < 0.5}
-        for a in [*portraits, *machines]
-    ]
+    return [part_of(a, (torch.rand(len(a), generator=generator) < 0.5).tolist()) for a in [*portraits, *machines]]
 
 
 def labelled_attributes(build: Path, name: str, count: int) -> list[Attributes]:

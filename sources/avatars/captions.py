@@ -1,12 +1,14 @@
 """What is in a rendered picture, in words: the attributes of DiceBear's `toJson().extra` and captions made of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Attributes = dict[str, str]
 """Attribute -> its words in a caption, such as "hair colour": "red"; an absent attribute is not in the picture."""
+KIND = "robot"
+"""The attribute that tells a robot from a portrait; every caption names it."""
 
 
 def _by_value(groups: dict[str, str]) -> dict[str, str]:
@@ -160,6 +162,7 @@ def robot_attributes(extra: dict[str, Any]) -> Attributes:
     """Of a bottts picture."""
     colour = _colours(extra)
     return {
+        KIND: "robot",
         "robot colour": ROBOT_COLOURS[colour["baseColor"]],
         "robot top": ROBOT_TOPS[extra["top"]],
         "robot face": ROBOT_FACES[extra["face"]],
@@ -173,12 +176,18 @@ def read_attributes(path: Path) -> list[Attributes]:
     return [read(json.loads(line)) for line in path.read_text().splitlines()]
 
 
+def part_of(attributes: Attributes, named: Sequence[bool]) -> Attributes:
+    """What is to be named, and what it is."""
+    chosen = zip(attributes.items(), named, strict=True)
+    return {name: words for (name, words), keep in chosen if keep or name == KIND}
+
+
 def caption(attributes: Attributes) -> str:
     """ "a portrait of a woman with light skin, long red hair and round glasses, smiling, wearing a blue hoodie, ...".
 
     Names the attributes it is given and no others, so that a caption of a few of them is a caption of the picture too.
     """
-    if any(name.startswith("robot") for name in attributes):
+    if KIND in attributes:
         return _robot_caption(attributes)
     a = attributes
     hair = " ".join(word for word in (a.get("hair"), a.get("hair colour")) if word)

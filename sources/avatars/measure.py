@@ -1,7 +1,8 @@
 """Measures the bundled source and draws its samples: `python sources/avatars/measure.py` (needs Node.js).
 
 Prints KID and FID to held-out avatars beside those of real avatars to the same, and what the autoencoder alone loses;
-writes docs/source-samples.png.
+writes docs/source-samples.png. With `--text` it draws the text-to-image source, a row a prompt, into
+docs/text-source-samples.png; how well that follows its words, attributes.py says.
 """
 
 import argparse
@@ -19,10 +20,21 @@ from domainstudio.data.domain import heldout_pictures, to_pil, to_tensor
 from domainstudio.evaluation.features import embed, load_inception
 from domainstudio.evaluation.metrics import frechet_distance, kernel_distance
 from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sample import TextGuidance
 
 HERE = Path(__file__).parent
 SHEET = HERE.parents[1] / "docs/source-samples.png"
+TEXT_SHEET = SHEET.with_name("text-source-samples.png")
 COLUMNS, ROWS, SCALE = 10, 4, 2
+PROMPTS = (
+    "a portrait of a woman with long red hair and round glasses",
+    "a portrait of a man with short blond hair and a beard",
+    "a portrait of a woman with dark skin and bobbed black hair, smiling, wearing a red hoodie",
+    "a portrait of a person with a winter hat, on a green background",
+    "a portrait of a man with light skin and a bald head, wearing a black blazer",
+    "a picture of a blue robot with a round face and an antenna",
+)
+GUIDANCE = 2.0
 
 
 def avatars(split: str, count: int) -> Tensor:
@@ -45,8 +57,8 @@ def psnr(images: Tensor, others: Tensor) -> float:
 
 def draw_sheet(images: Tensor, path: Path) -> None:
     side = images.shape[-1] * SCALE
-    sheet = Image.new("RGB", (COLUMNS * side, ROWS * side))
-    for index, picture in enumerate(to_pil(images[: COLUMNS * ROWS])):
+    sheet = Image.new("RGB", (COLUMNS * side, len(images) // COLUMNS * side))
+    for index, picture in enumerate(to_pil(images)):
         place = (index % COLUMNS * side, index // COLUMNS * side)
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), place)
     sheet.save(path, optimize=True)
@@ -55,11 +67,17 @@ def draw_sheet(images: Tensor, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-images", type=int, default=1_000)
+    parser.add_argument("--text", action="store_true")
     args = parser.parse_args()
+    if args.text:
+        told = TextGuidance([prompt for prompt in PROMPTS for _ in range(COLUMNS)], GUIDANCE)
+        samples = draw_from(open_source("bundled:avatars-text"), len(told.prompts), 7, 25, guidance=told)
+        draw_sheet(samples, TEXT_SHEET)
+        return
     model, inception = open_source("bundled:avatars"), load_inception()
     heldout, others = avatars("heldout", args.num_images), avatars("heldout2", args.num_images)
     samples = draw_from(model, args.num_images, seed=7, num_inference_steps=25)
-    draw_sheet(samples, SHEET)
+    draw_sheet(samples[: COLUMNS * ROWS], SHEET)
     features = embed(inception, heldout)
     sets = {"samples": samples, "reconstructed": reconstruct(model, others), "real": others}
     for title, images in sets.items():

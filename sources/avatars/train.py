@@ -94,12 +94,15 @@ def fit(
     name: str,
     network: nn.Module,
     parameters: list[nn.Parameter],
-    loss: Callable[[], Tensor],
+    loss: Callable[[float], Tensor],
     steps: int,
     lr: float,
     build: Path,
 ) -> None:
-    """AdamW with warm-up and final decay, EMA, a checkpoint a minute; leaves the EMA weights in `network`."""
+    """AdamW with warm-up and final decay, EMA, a checkpoint a minute; leaves the EMA weights in `network`.
+
+    `loss` is told which part of the steps is done.
+    """
     path = build / f"{name}.pt"
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     average, step, saved = [p.detach().clone() for p in parameters], 0, time.time()
@@ -122,7 +125,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(KERNELS):
-            value = loss()
+            value = loss(step / steps)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -160,7 +163,7 @@ def batches(build: Path, size: int, more: tuple[str, ...] = ()) -> Iterator[Tens
 def train_vae(vae: AutoencoderKL, build: Path, steps: int) -> None:
     lpips, source = load_lpips("alex").to(DEVICE), batches(build, 16)
 
-    def loss() -> Tensor:
+    def loss(_: float) -> Tensor:
         images = next(source)
         posterior = vae.encode(images).latent_dist
         return picture_error(lpips, vae.decode(posterior.sample()).sample, images) + 3e-4 * posterior.kl().mean() / 1024
@@ -181,7 +184,7 @@ def polish_decoder(
     lpips, source = load_lpips("alex").to(DEVICE), batches(build, 8, more)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
 
-    def loss() -> Tensor:
+    def loss(_: float) -> Tensor:
         images = next(source)
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.sample()
@@ -237,7 +240,7 @@ def train_unet(
 ) -> None:
     (mean, std, scale), error = latents, velocity_loss()
 
-    def loss() -> Tensor:
+    def loss(_: float) -> Tensor:
         x0 = draw_latents(mean, std, torch.randint(len(mean), (batch_size,)), scale)
         return error(lambda x_t, t: unet(x_t, t).sample, x0)
 

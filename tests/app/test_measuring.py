@@ -12,6 +12,8 @@ from PIL import Image
 
 from domainstudio.app import recipe as recipes
 from domainstudio.app.compare import METHOD_TITLES
+from domainstudio.app.demo import TEXT
+from domainstudio.data.bundled import bundled_domain
 from domainstudio.errors import MissingWeights
 from domainstudio.evaluation import features
 from domainstudio.evaluation.weights import find_weights
@@ -204,3 +206,26 @@ def test_demo(tmp_path):
     other = domainstudio(*given[:-3], 5, *given[-2:])
     assert (other.code, other.out) == (2, "")
     assert "other settings" in other.err
+
+
+@pytest.mark.usefixtures("stubs")
+def test_demo_of_the_text_to_image_source(tmp_path, monkeypatch):
+    build, quick = recipes.build_recipe, {"num_class_images": 6, "pair_batch_size": 3, "num_inference_steps": 3}
+    monkeypatch.setattr("domainstudio.app.demo.build_recipe", lambda path, settings: build(path, settings | quick))
+    out = tmp_path / "demo"
+    result = succeeds("demo", "--text", "--output-dir", out, "--max-train-steps", 2, "--num-images", 4)
+    assert "00.png  a portrait of a man with dark skin, short blond hair and eyes closed" in result.err  # the captions
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(page)
+    for title in ("DreamBooth", "DomainStudio", *TEXT.captions):
+        assert title in page
+    for name in ("dreambooth", "studio"):
+        assert len(metrics(out / name)) == 2
+        assert (out / name / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_what_the_demo_asks_for_is_in_none_of_its_pictures():
+    shown = (bundled_domain("watercolour") / "metadata.jsonl").read_text(encoding="utf-8")
+    for rare in ("big curly red", "round glasses", "turban", "flowers", "moustache"):
+        assert rare not in shown
+        assert any(rare in caption for caption in TEXT.captions)
