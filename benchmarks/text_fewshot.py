@@ -46,7 +46,7 @@ from domainstudio.training.train import StepEvent
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "sources/avatars"))
 from attributes import agreement_of, asked  # noqa: E402
-from captions import caption  # noqa: E402
+from captions import KIND, caption  # noqa: E402
 
 RESULTS = ROOT / "docs/benchmarks/text_fewshot.jsonl"
 SOURCE = "bundled:avatars-text"
@@ -67,8 +67,8 @@ class Prompts:
 
     def __init__(self, build: Path, num_images: int):
         self.style = [INSTANCE_PROMPT.replace("{caption}", CLASS_PROMPT)] * num_images
-        named = [a for a in asked(build, num_images, num_images // 3) if a]
-        robots = [a for a in named if any(name.startswith("robot") for name in a)]
+        named = [a for a in asked(build, 3 * num_images // 4, num_images // 5) if a]
+        robots = [a for a in named if KIND in a]
         self.attributes = [a for a in named if a not in robots]
         self.captions = [caption(a) for a in self.attributes]
         self.robots = [caption(a) for a in robots]
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=list(PLAN))
     parser.add_argument("--methods", nargs="+", help='instead of the plan: "studio adapter=\\"lora\\" @ 100,200"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-images", type=int, default=150)
+    parser.add_argument("--num-images", type=int, default=120)
     parser.add_argument("--build", type=Path, default=ROOT / "build/avatars")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")

@@ -96,8 +96,11 @@ def load_reader() -> Reader:
 @torch.no_grad()
 def given_back(vae: AutoencoderKL, images: Tensor, noise: float = 0.0) -> Tensor:
     """What the autoencoder makes of pictures, with noise of that deviation on their latents, as samples have."""
-    latents = vae.encode(images).latent_dist.mean
-    return vae.decode(latents + noise * torch.randn_like(latents)).sample.clamp(-1, 1)
+    parts = []
+    for part in images.split(50):
+        latents = vae.encode(part).latent_dist.mean
+        parts.append(vae.decode(latents + noise * torch.randn_like(latents)).sample.clamp(-1, 1))
+    return torch.cat(parts)
 
 
 def train(vae: AutoencoderKL, build: Path, steps: int, batch_size: int = 64) -> None:
@@ -137,7 +140,7 @@ def accuracy(vae: AutoencoderKL, build: Path) -> None:
     for name in SETS:
         images, labels = labelled(build, name, NUM_TEST, "test")
         shown = to_tensor(images.numpy()).cpu()
-        kinds = {"real": shown, "given back": torch.cat([given_back(vae, part) for part in shown.split(100)])}
+        kinds = {"real": shown, "given back": given_back(vae, shown)}
         for kind, images in kinds.items():
             seen = read(reader, images)
             shares = {

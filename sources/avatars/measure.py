@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from attributes import given_back
 from domains import render
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,6 @@ from domainstudio.app.materials import open_source
 from domainstudio.data.domain import heldout_pictures, to_pil, to_tensor
 from domainstudio.evaluation.features import embed, load_inception
 from domainstudio.evaluation.metrics import frechet_distance, kernel_distance
-from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import TextGuidance
 
 HERE = Path(__file__).parent
@@ -40,13 +40,6 @@ GUIDANCE = 2.0
 def avatars(split: str, count: int) -> Tensor:
     """(count, 3, 64, 64) in [-1, 1]."""
     return torch.stack([to_tensor(picture, 64) for picture in render("avatars", split, count)])
-
-
-@torch.no_grad()
-def reconstruct(model: DiffusionModel, images: Tensor) -> Tensor:
-    """What the autoencoder gives back of (N, 3, H, W)."""
-    means = [model.codec.encode(part).chunk(2, 1)[0] for part in images.split(50)]
-    return torch.cat([model.codec.decode(mean).clamp(-1, 1) for mean in means])
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
@@ -75,11 +68,12 @@ def main() -> None:
         draw_sheet(samples, TEXT_SHEET)
         return
     model, inception = open_source("bundled:avatars"), load_inception()
+    vae = model.pipeline.vqvae
     heldout, others = avatars("heldout", args.num_images), avatars("heldout2", args.num_images)
     samples = draw_from(model, args.num_images, seed=7, num_inference_steps=25)
     draw_sheet(samples[: COLUMNS * ROWS], SHEET)
     features = embed(inception, heldout)
-    sets = {"samples": samples, "reconstructed": reconstruct(model, others), "real": others}
+    sets = {"samples": samples, "reconstructed": given_back(vae, others), "real": others}
     for title, images in sets.items():
         own = embed(inception, images)
         numbers = {"kid_x1000": 1e3 * kernel_distance(own, features), "fid": frechet_distance(own, features)}
@@ -87,7 +81,7 @@ def main() -> None:
     for name in ("avatars", "sunglasses", "watercolour", "ink"):
         images = heldout if name == "avatars" else heldout_pictures(f"bundled:{name}", 64)
         assert images is not None
-        print(json.dumps({"autoencoder_psnr": name, "db": round(psnr(images, reconstruct(model, images)), 1)}))
+        print(json.dumps({"autoencoder_psnr": name, "db": round(psnr(images, given_back(vae, images)), 1)}))
 
 
 if __name__ == "__main__":
