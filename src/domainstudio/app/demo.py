@@ -29,13 +29,13 @@ PICTURES = Demo(("finetune", "studio"), "bundled:ink", 400, Path("demo"))
 TEXT = Demo(
     ("dreambooth", "studio"),
     "bundled:watercolour",
-    100,
+    150,
     Path("demo-text"),
     settings={
         "pretrained_model_name_or_path": "bundled:avatars-text",
         "instance_prompt": "{caption}, sks style",
         "class_prompt": "a portrait of a person",
-        "captions": "files",
+        "lora_layers": "all",
         "learning_rate": 1e-3,
         "train_batch_size": 10,
         "pair_batch_size": 10,
