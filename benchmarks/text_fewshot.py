@@ -36,6 +36,7 @@ from domainstudio.app.draw import draw_from
 from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
+from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.evaluate import Evaluator, Protocol
 from domainstudio.evaluation.features import embed, load_lpips
@@ -66,12 +67,11 @@ class Prompts:
     """What a measurement asks for: the style, attributes in the style, and prompts without it."""
 
     def __init__(self, build: Path, num_images: int):
-        self.style = [INSTANCE_PROMPT.replace("{caption}", CLASS_PROMPT)] * num_images
-        named = [a for a in asked(build, 3 * num_images // 4, num_images // 5) if a]
-        robots = [a for a in named if KIND in a]
-        self.attributes = [a for a in named if a not in robots]
+        self.style = [fill(INSTANCE_PROMPT, CLASS_PROMPT)] * num_images
+        named = asked(build, 3 * num_images // 4, num_images // 5)
+        self.attributes = [a for a in named if KIND not in a]
         self.captions = [caption(a) for a in self.attributes]
-        self.robots = [caption(a) for a in robots]
+        self.robots = [caption(a) for a in named if KIND in a]
 
 
 @cache
@@ -90,7 +90,7 @@ def measure(draw, evaluator: Evaluator, prompts: Prompts, in_style: bool) -> Row
     """`draw` gives pictures of prompts; the source is asked without the style's name."""
     told = prompts.style if in_style else [CLASS_PROMPT] * len(prompts.style)
     result = evaluator.evaluate(draw(told)).to_json()
-    named = [INSTANCE_PROMPT.replace("{caption}", text) if in_style else text for text in prompts.captions]
+    named = [fill(INSTANCE_PROMPT, text) if in_style else text for text in prompts.captions]
     shares = agreement_of(draw(named), prompts.attributes)
     result |= {"agreement": sum(shares.values()) / len(shares), "agreements": shares}
     for name, texts in (("drift", prompts.robots), ("class_drift", prompts.captions[: len(prompts.robots)])):

@@ -9,6 +9,7 @@ often that network sees what the caption says.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -52,15 +53,18 @@ SETS = {"avatars": 40_000, "sunglasses": 8_000, "watercolour": 3_000, "robots": 
 NUM_TEST = 500
 
 
-class Reader(nn.Module):
-    """(B, 3, 64, 64) in [-1, 1] -> attribute -> logits over "none of them" and its values."""
+OF_PICTURES = tuple(row for i, o in ((3, 32), (32, 64), (64, 128), (128, 192)) for row in ((i, o, 2), (o, o, 1)))
+"""Convolutions of a reader: (in, out, stride); the last gives 192 x 4 x 4."""
 
-    def __init__(self):
+
+class Reader(nn.Module):
+    """(B, 3, 64, 64) in [-1, 1], or what else its convolutions take -> attribute -> logits over "none" and values."""
+
+    def __init__(self, convolutions: Sequence[tuple[int, int, int]] = OF_PICTURES):
         super().__init__()
         layers: list[nn.Module] = []
-        for before, after in ((3, 32), (32, 64), (64, 128), (128, 192)):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        for before, after, stride in convolutions:
+            layers += [nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192 * 16, 256), nn.SiLU())
         self.head = nn.Linear(256, sum(1 + len(values) for values in VALUES.values()))
 
@@ -167,12 +171,16 @@ def agreement_of(images: Tensor, attributes: list[Attributes]) -> dict[str, floa
 
 
 def asked(build: Path, count: int, robots: int) -> list[Attributes]:
-    """What random prompts name: a random half of the attributes of pictures that the model has not seen."""
+    """What random prompts name: a random half of the attributes of pictures that the model has not seen.
+
+    Where that is nothing, nothing is asked.
+    """
     portraits, machines = (
         labelled_attributes(build, name, number) for name, number in (("avatars", count), ("robots", robots))
     )
     generator = torch.Generator().manual_seed(3)
-    return [part_of(a, (torch.rand(len(a), generator=generator) < 0.5).tolist()) for a in [*portraits, *machines]]
+    parts = [part_of(a, (torch.rand(len(a), generator=generator) < 0.5).tolist()) for a in [*portraits, *machines]]
+    return [part for part in parts if part]
 
 
 def labelled_attributes(build: Path, name: str, count: int) -> list[Attributes]:
@@ -199,7 +207,6 @@ def main() -> None:
         accuracy(vae.cpu(), args.build)
         return
     attributes = asked(args.build, args.num_images, args.num_images // 5)
-    attributes = [a for a in attributes if a]
     shares = agreement(open_source(args.model), attributes, [caption(a) for a in attributes], args.guidance_scale)
     print(json.dumps({name: round(share, 3) for name, share in shares.items()}))
 

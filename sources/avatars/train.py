@@ -11,6 +11,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -220,29 +221,47 @@ def draw_latents(mean: Tensor, std: Tensor, rows: Tensor, scale: float) -> Tenso
     return scale * (x0 + std[rows].float().to(DEVICE) * torch.randn_like(x0))
 
 
-def velocity_loss() -> Callable[[Callable[[Tensor, Tensor], Tensor], Tensor], Tensor]:
-    """L_simple in v, as a function of a network (x_t, t -> v) and clean latents (B, C, h, w)."""
-    scheduler = new_scheduler()
-    alphas = scheduler.alphas_cumprod.sqrt().to(DEVICE)
-    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(DEVICE)
+@dataclass(frozen=True)
+class Noised:
+    """A batch of clean latents with noise: x_t (B, C, h, w) at time steps t (B,)."""
 
-    def loss(network: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> Tensor:
+    x_t: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    velocity: Tensor
+
+    def error(self, output: Tensor) -> Tensor:
+        """L_simple in v."""
+        return F.mse_loss(output.float(), self.velocity)
+
+    def estimate(self, output: Tensor) -> Tensor:
+        """The clean latents that an output in v means."""
+        return self.alpha * self.x_t - self.sigma * output
+
+
+def noiser() -> Callable[[Tensor], Noised]:
+    """Adds noise to clean latents (B, C, h, w), at levels spread over the whole schedule."""
+    alphas_cumprod = new_scheduler().alphas_cumprod
+    alphas, sigmas = alphas_cumprod.sqrt().to(DEVICE), (1 - alphas_cumprod).sqrt().to(DEVICE)
+
+    def noised(x0: Tensor) -> Noised:
         # Stratified time steps: the same distribution, less variance of the loss.
         t = ((torch.arange(len(x0)) + torch.rand(len(x0))) / len(x0) * 1000).long().clamp(max=999).to(DEVICE)
         alpha, sigma, noise = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1), torch.randn_like(x0)
-        return F.mse_loss(network(alpha * x0 + sigma * noise, t).float(), alpha * noise - sigma * x0)
+        return Noised(alpha * x0 + sigma * noise, t, alpha, sigma, alpha * noise - sigma * x0)
 
-    return loss
+    return noised
 
 
 def train_unet(
     unet: UNet2DModel, latents: tuple[Tensor, Tensor, float], build: Path, steps: int, batch_size: int, lr: float
 ) -> None:
-    (mean, std, scale), error = latents, velocity_loss()
+    (mean, std, scale), noised = latents, noiser()
 
     def loss(_: float) -> Tensor:
-        x0 = draw_latents(mean, std, torch.randint(len(mean), (batch_size,)), scale)
-        return error(lambda x_t, t: unet(x_t, t).sample, x0)
+        batch = noised(draw_latents(mean, std, torch.randint(len(mean), (batch_size,)), scale))
+        return batch.error(unet(batch.x_t, batch.t).sample)
 
     fit("unet", unet, list(unet.parameters()), loss, steps, lr, build)
 

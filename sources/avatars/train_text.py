@@ -29,12 +29,12 @@ from train import (
     draw_latents,
     fit,
     new_scheduler,
+    noiser,
     pictures,
     polish_decoder,
     posteriors,
     render,
     render_set,
-    velocity_loss,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -43,6 +43,8 @@ ROBOT_SHARE = 0.2
 EMPTY_SHARE = 0.1
 MAX_TOKENS = 48
 HINT_WEIGHT, HINTED, HINT_AFTER = 0.15, 0.9, 0.03
+OF_LATENTS = ((16, 128, 1), (128, 128, 1), (128, 192, 2))
+"""Convolutions of the reader of (B, 16, 8, 8) scaled latents, which may be noisy or blurred."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -108,17 +110,6 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     )
 
 
-class LatentReader(Reader):
-    """(B, 16, 8, 8) scaled latents, perhaps noisy or blurred -> attribute -> logits."""
-
-    def __init__(self):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after, stride in ((16, 128, 1), (128, 128, 1), (128, 192, 2)):
-            layers += [nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192 * 16, 256), nn.SiLU())
-
-
 def sampled_part(attributes: Attributes) -> Attributes | None:
     """A random part of the attributes, or, one time in ten, not even what it is; drawn from torch's generator."""
     share, *draws = torch.rand(2 + len(attributes)).tolist()
@@ -157,7 +148,7 @@ def batches_of(
     return draw
 
 
-def train_reader(reader: LatentReader, draw: Draw, args: argparse.Namespace) -> None:
+def train_reader(reader: Reader, draw: Draw, args: argparse.Namespace) -> None:
     def loss(_: float) -> Tensor:
         x0, attributes = draw()
         noise = 0.7 * torch.rand(len(x0), 1, 1, 1, device=DEVICE) * torch.randn_like(x0)
@@ -168,7 +159,7 @@ def train_reader(reader: LatentReader, draw: Draw, args: argparse.Namespace) -> 
     reader.requires_grad_(False).eval()
 
 
-def misread(reader: LatentReader, x0: Tensor, named: list[Attributes]) -> Tensor:
+def misread(reader: Reader, x0: Tensor, named: list[Attributes]) -> Tensor:
     """Mean cross-entropy of what was named, rare attributes counting as much as common ones."""
     labels, logits = labels_of(named), reader(x0)
     errors = [
@@ -183,11 +174,11 @@ def train_networks(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    reader: LatentReader,
+    reader: Reader,
     draw: Draw,
     args: argparse.Namespace,
 ) -> None:
-    error, alphas = velocity_loss(), new_scheduler().alphas_cumprod.sqrt().to(DEVICE)
+    noised = noiser()
 
     def loss(done: float) -> Tensor:
         x0, attributes = draw()
@@ -195,16 +186,10 @@ def train_networks(
         texts = ["" if part is None else caption(part) for part in named]
         tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         states = text_encoder(tokens.input_ids.to(DEVICE)).last_hidden_state
-        hints = []
-
-        def network(x_t: Tensor, t: Tensor) -> Tensor:
-            output = unet(x_t, t, states).sample
-            alpha = alphas[t].view(-1, 1, 1, 1)
-            estimate = alpha * x_t - (1 - alpha.square()).sqrt() * output
-            hints.append(misread(reader, estimate, [part or {} for part in named]))
-            return output
-
-        return error(network, x0) + (HINT_WEIGHT if done < HINTED else HINT_AFTER) * sum(hints)
+        batch = noised(x0)
+        output = unet(batch.x_t, batch.t, states).sample
+        hint = misread(reader, batch.estimate(output), [part or {} for part in named])
+        return batch.error(output) + (HINT_WEIGHT if done < HINTED else HINT_AFTER) * hint
 
     networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     fit("text", networks, list(networks.parameters()), loss, args.steps, args.lr, args.build)
@@ -238,10 +223,8 @@ def main() -> None:
     unet.load_state_dict(UNet2DModel.from_pretrained(args.source, subfolder="unet").state_dict(), strict=False)
     unet.to(DEVICE), text_encoder.to(DEVICE)
     if args.stage in ("networks", "all"):
-        draw, reader = (
-            batches_of(encode(vae, args.build), scale, attributes, args.batch_size),
-            LatentReader().to(DEVICE),
-        )
+        draw = batches_of(encode(vae, args.build), scale, attributes, args.batch_size)
+        reader = Reader(OF_LATENTS).to(DEVICE)
         train_reader(reader, draw, args)
         train_networks(unet, text_encoder, tokenizer, reader, draw, args)
     if args.stage in ("decoder", "all"):
