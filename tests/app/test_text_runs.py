@@ -17,7 +17,7 @@ from domainstudio.app import materials
 from domainstudio.app.compare import NUM_PROMPTED
 from domainstudio.app.draw import draw_from, open_result, prompts_of
 from domainstudio.app.folder import RunFolder
-from domainstudio.app.materials import open_pictures, prior_prompts
+from domainstudio.app.materials import TrainingPictures, open_pictures, prior_prompts
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.captions import draw_alternatives
@@ -203,18 +203,19 @@ class TestMistakes:
         assert not (tmp_path / "run").exists()
 
 
-class TestPrompts:
-    @pytest.fixture
-    def captioned(self, pictures, tmp_path):
-        """Three pictures, of which two have a caption."""
-        folder = tmp_path / "3_red_dog"
-        folder.mkdir()
-        for name in ("1.png", "2.png", "3.png"):
-            shutil.copy(pictures / name, folder)
-        (folder / "1.txt").write_text("a man")
-        (folder / "3.txt").write_text("a woman")
-        return folder
+@pytest.fixture
+def captioned(pictures, tmp_path):
+    """Three pictures, of which two have a caption."""
+    folder = tmp_path / "3_red_dog"
+    folder.mkdir()
+    for name in ("1.png", "2.png", "3.png"):
+        shutil.copy(pictures / name, folder)
+    (folder / "1.txt").write_text("a man")
+    (folder / "3.txt").write_text("a woman")
+    return folder
 
+
+class TestPrompts:
     @pytest.mark.parametrize(
         ("settings", "students", "sources"),
         [
@@ -280,10 +281,21 @@ class TestPrompts:
         assert folder.finished() == folder.diffusers_lora
 
 
+UNTOLD = TrainingPictures(torch.zeros(0))
+"""Whose prompts are not asked for."""
+
+
 class TestSourceSamples:
+    def test_they_are_of_what_the_training_pictures_are_of(self, recipe, text_models, captioned):
+        settings = {"instance_data_dir": str(captioned), "captions": "files", "instance_prompt": "{caption}, xyz style"}
+        own = recipe(**settings, prior_prompt=None, num_class_images=25)
+        pictures = open_pictures(own, text_models(), lambda table: None)
+        assert len(set(pictures.source_prompts)) > 2
+        assert prior_prompts(own, pictures) == [*pictures.source_prompts * 3][:25]
+
     def test_they_are_drawn_of_their_prompts_and_kept_as_pictures(self, text_lora_run, text_models):
         recipe, model = RunFolder(text_lora_run).recipe(), text_models()
-        prompts = prior_prompts(recipe)
+        prompts = prior_prompts(recipe, UNTOLD)
         assert set(prompts) <= {"a man", "a woman", "a dog"}
         assert len(prompts) == 4
         expected = sample(model, model.network, 4, 500_000, 2, guidance=TextGuidance(prompts, 2.0))
@@ -293,7 +305,7 @@ class TestSourceSamples:
 
     def test_alternatives_follow_from_seed_and_number(self, recipe):
         settings = {"prior_prompt": "a {man|woman|dog|picture}", "num_class_images": 60, "pair_batch_size": 3}
-        one, same, other = (prior_prompts(recipe(**settings, seed=seed)) for seed in (0, 0, 1))
+        one, same, other = (prior_prompts(recipe(**settings, seed=seed), UNTOLD) for seed in (0, 0, 1))
         assert one == same != other
         assert set(one) == {"a man", "a woman", "a dog", "a picture"}
 
@@ -304,8 +316,9 @@ class TestSourceSamples:
     def test_the_student_is_told_each_in_the_style(self, recipe, text_models, tmp_path, template, students):
         own = recipe(instance_prompt=template, prior_prompt="a {man|woman}", num_class_images=8)
         (tmp_path / "pool").mkdir()
-        samples = materials.draw_source_samples(RunFolder(tmp_path / "pool"), text_models(), own, None)
-        assert samples.source_prompts == tuple(prior_prompts(own))
+        prompts = prior_prompts(own, UNTOLD)
+        samples = materials.draw_source_samples(RunFolder(tmp_path / "pool"), text_models(), own, prompts, None)
+        assert samples.source_prompts == tuple(prompts)
         assert set(samples.source_prompts) == {"a man", "a woman"}
         assert set(samples.student_prompts) == set(students)
         if len(students) > 1:
@@ -424,7 +437,7 @@ def test_settings_of_text_models_survive_the_config(recipe):
 def test_a_recipe_names_what_is_for_text_models_alone(recipe):
     assert recipe().text_settings() == ["instance_prompt", "class_prompt", "guidance_scale"]
     with pytest.raises(UserError, match="say of what with a class_prompt"):
-        prior_prompts(recipe(class_prompt=None))
+        prior_prompts(recipe(class_prompt=None), TrainingPictures(UNTOLD.images, ("xyz",), ("",)))
 
 
 @pytest.mark.usefixtures("stubs")

@@ -1,6 +1,6 @@
 """What a run is made of: the source model, the few pictures with their prompts, and source samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,10 +142,12 @@ class SourceSamples:
 
 
 def draw_source_samples(
-    folder: RunFolder, model: DiffusionModel, recipe: Recipe, drawing: Progress | None
+    folder: RunFolder, model: DiffusionModel, recipe: Recipe, prompts: Sequence[str], drawing: Progress | None
 ) -> SourceSamples:
-    """The pool of source samples: drawn once a run, and kept in its folder, as pictures too."""
-    prompts = prior_prompts(recipe) if model.condition is not None else []
+    """The pool of source samples: drawn once a run, and kept in its folder, as pictures too.
+
+    `prompts` say what each is (text models alone).
+    """
     if not folder.prior.exists():
         x0 = sample(
             model,
@@ -169,16 +171,22 @@ def draw_source_samples(
     )
 
 
-def prior_prompts(recipe: Recipe) -> list[str]:
-    """What each source sample is drawn of.
+def prior_prompts(recipe: Recipe, pictures: TrainingPictures) -> list[str]:
+    """What each source sample is drawn of: prior_prompt, or what the training pictures are without style or subject.
+
+    With captions these are as detailed as the captions. If they were plain, detail would tell the student a training
+    picture from a source sample, and it would learn that, not the identifier, as the sign of the style.
 
     Raises:
         UserError: if the recipe does not say.
     """
-    prompt = recipe.prior_prompt or recipe.class_prompt
-    if prompt is None:
+    told = pictures.source_prompts if recipe.prior_prompt is None else (recipe.prior_prompt,)
+    if not any(told):
         raise UserError(
             f"method {recipe.method} draws pictures from the source model; say of what with a class_prompt, such as "
             '"a portrait"'
         )
-    return [draw_alternatives(prompt, recipe.seed * 1_000_003 + index) for index in range(recipe.num_class_images)]
+    return [
+        draw_alternatives(told[index % len(told)], recipe.seed * 1_000_003 + index)
+        for index in range(recipe.num_class_images)
+    ]

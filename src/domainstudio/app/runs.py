@@ -85,8 +85,9 @@ def train_run(
     objective = recipe_objective(recipe, model)
     find_optimizer(recipe.optimizer)
     draws = objective.needs_prior or recipe.erase_steps > 0
+    prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
-        model.encode_prompts(_all_prompts(recipe, pictures, draws))
+        model.encode_prompts(_all_prompts(recipe, pictures, prior))
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is not None:
         drop_what_follows(folder, resume.step, recipe.max_train_steps)
@@ -95,7 +96,7 @@ def train_run(
     partial.replace(folder.config)
     samples = None
     if draws:  # drawn before an adapter is put into the network
-        samples = draw_source_samples(folder, model, recipe, drawing)
+        samples = draw_source_samples(folder, model, recipe, prior, drawing)
     if recipe.train_text_encoder:
         model = model.with_text_encoder()
     if recipe.gradient_checkpointing:
@@ -117,10 +118,9 @@ def train_run(
     return folder
 
 
-def _all_prompts(recipe: Recipe, pictures: TrainingPictures, draws: bool) -> list[str]:
+def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -> list[str]:
     """Whatever the text encoder will be asked for in a run."""
     previews = validation_guidance(recipe, recipe.num_validation_images)
-    prior = prior_prompts(recipe) if draws else []
     told = [fill(recipe.instance_prompt or "", prompt) for prompt in prior]
     return [
         *pictures.student_prompts,
