@@ -291,7 +291,7 @@ class TestSourceSamples:
         own = recipe(**settings, prior_prompt=None, num_class_images=25)
         pictures = open_pictures(own, text_models(), lambda table: None)
         assert len(set(pictures.source_prompts)) > 2
-        assert prior_prompts(own, pictures) == [*pictures.source_prompts * 3][:25]
+        assert prior_prompts(own, pictures) == [*pictures.source_prompts * 9][:25]
 
     def test_they_are_drawn_of_their_prompts_and_kept_as_pictures(self, text_lora_run, text_models):
         recipe, model = RunFolder(text_lora_run).recipe(), text_models()
