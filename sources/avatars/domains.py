@@ -22,6 +22,9 @@ DOMAINS = {
     "ink": "Ink drawings of faces: Lorelei by Lisa Wischofsky, CC0 1.0, through DiceBear. A far style.",
     "sunglasses": f"Avatars that all wear sunglasses, which the source model has never seen. An attribute. {AVATAAARS}",
     "watercolour": f"Avatars painted over by a filter: wet edges, washes, cream paper. A painterly style. {AVATAAARS}",
+    "grey": f"Avatars without colours. A colour. {AVATAAARS}",
+    "smiles": "Heads turned to the side with big mouths, much like emoji: Big Smile by Ashley Seo, CC BY 4.0, through "
+    "DiceBear. Another anatomy.",
 }
 STYLE = {"sunglasses": ("glasses", "eyes"), "watercolour": ("background",)}
 """Of captioned domains: the attributes that the style decides, which captions leave to it."""

@@ -44,11 +44,20 @@ const watercolour = (svg, index) => {
   return svg.replace(/(<svg[^>]*>)([\s\S]*)<\/svg>/, `$1${filter}<g filter="url(#w)">$2</g></svg>`);
 };
 
+// No colours: every one becomes the grey of its brightness.
+const grey = (svg) => {
+  const row = '0.30 0.59 0.11 0 0';
+  const filter = `<filter id="g" color-interpolation-filters="sRGB"><feColorMatrix values="${row} ${row} ${row} 0 0 0 1 0"/></filter>`;
+  return svg.replace(/(<svg[^>]*>)([\s\S]*)<\/svg>/, `$1${filter}<g filter="url(#g)">$2</g></svg>`);
+};
+
 const SETS = {
   avatars: ['avataaars', AVATAR],
   sunglasses: ['avataaars', SUNGLASSES],
   watercolour: ['avataaars', { ...AVATAR, backgroundColor: ['faf3e3'] }, watercolour],
   ink: ['lorelei', { backgroundColor: ['ffffff'], scale: 115, translateY: 4 }],
+  grey: ['avataaars', AVATAR, grey],
+  smiles: ['bigSmile', PLAIN],
   adventurer: ['adventurer', PLAIN],
   bigSmile: ['bigSmile', PLAIN],
   dylan: ['dylan', PLAIN],
