@@ -13,6 +13,7 @@ from tiny_models import PIPELINES
 
 from domainstudio.data.domain import Domain, load_domain
 from domainstudio.evaluation import features
+from domainstudio.evaluation.cache import CACHE_VARIABLE
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 
@@ -61,6 +62,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def domains(pictures: Path) -> Callable[[DiffusionModel], Domain]:
     """The ten pictures at a model's size."""
     return lambda model: load_domain(pictures, model.resolution)
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What stubs see must not be taken for what networks see, nor be left in a home."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

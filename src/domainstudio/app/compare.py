@@ -21,6 +21,7 @@ from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
 from domainstudio.errors import UserError
+from domainstudio.evaluation.cache import FeatureCache
 from domainstudio.evaluation.entry import ReportEntry
 from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
 from domainstudio.evaluation.report import write_report
@@ -72,7 +73,7 @@ def evaluate_pictures(
     resolution = images.shape[-1]
     training = load_domain(instance_data_dir, resolution).images
     reference = _reference(instance_data_dir, reference_dir, resolution)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
     return evaluator.evaluate(images, prompts_of(target, num_images) if is_model else ())
 
 
@@ -114,7 +115,7 @@ def compare_runs(
         raise UserError(f"{recipe.pretrained_model_name_or_path} takes no prompts; leave the captions out")
     training = open_domain(recipe, source).images
     reference = _reference(recipe.instance_data_dir, reference_dir, source.resolution)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
 
     pictures = draw_from(
         source,

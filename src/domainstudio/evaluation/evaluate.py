@@ -15,6 +15,7 @@ from torch import Tensor
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, metrics
+from domainstudio.evaluation.cache import FeatureCache, digest
 from domainstudio.evaluation.features import Backbone, Networks, Pictures, Progress
 from domainstudio.evaluation.foundation import DINO_PX
 
@@ -118,6 +119,7 @@ class Evaluator:
         reference: (M, 3, H, W) in [-1, 1], held-out pictures of the same domain; None leaves KID and FID out.
         protocol: how to measure.
         progress: told (stage, done, total).
+        cache: keeps what the networks saw for later evaluators, on disk.
 
     Raises:
         UserError: if the pictures are not of that shape and range. Missing weights are no error: the numbers that
@@ -130,11 +132,12 @@ class Evaluator:
         reference: Tensor | None,
         protocol: Protocol = Protocol(),
         progress: Progress | None = None,
+        cache: FeatureCache | None = None,
     ):
         _check(training, "training")
         px = protocol.lpips_px or max(32, min(256, *training.shape[-2:]))
         self.protocol = replace(protocol, lpips_px=px)
-        self._networks = Networks(training, protocol.lpips, px, progress, protocol.clip, protocol.dino)
+        self._networks = Networks(training, protocol.lpips, px, progress, protocol.clip, protocol.dino, cache)
         self._training = Pictures(self._networks, training, "training pictures")
         self._reference = None
         if reference is not None:
@@ -230,6 +233,14 @@ class Evaluator:
     def _intra(self, pictures: Pictures) -> float:
         if len(pictures) < 2:
             raise _Unmeasured("diversity needs at least 2 images; generate more, 500 or 1,000 is usual")
+        rule = self.protocol
+        what = f"{self._networks.lpips_name} intra {rule.intra} {rule.max_per_cluster} {rule.seed}"
+        of = (*pictures.content, digest(pictures.index))
+        return float(
+            self._networks.kept(what, of, lambda: torch.tensor(self._measured_intra(pictures), dtype=torch.float64))
+        )
+
+    def _measured_intra(self, pictures: Pictures) -> float:
         _, assignment = metrics.nearest(pictures.distances[0])  # without mirror images: the published protocols
         limit = self.protocol.max_per_cluster
         if self.protocol.intra == "crdi":

@@ -6,6 +6,7 @@ Images are (N, 3, H, W) in [-1, 1].
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights
+from domainstudio.evaluation.cache import FeatureCache, digest
 from domainstudio.evaluation.foundation import embed_texts, load_clip_images, load_dino_images
 from domainstudio.evaluation.metrics import nearest, pairwise_lpips
 from domainstudio.evaluation.weights import find_weights, read_arrays
@@ -181,13 +183,19 @@ class Networks:
         progress: Progress | None,
         clip: str | None = None,
         dino: str | None = None,
+        cache: FeatureCache | None = None,
     ):
-        self.training, self.px, self.progress = training, px, progress
+        self.training, self.px, self.progress, self.cache = training, px, progress, cache
         self.backbone: Backbone = backbone
         self.clip_name, self.dino_name = clip, dino
         # Small batches: on a CPU, memory that the allocator keeps is a fifth faster than fresh memory for every map.
         self.large_batch_size = 8 if training.is_cpu else 32
         self.batch_size = max(1, self.large_batch_size * 64**2 // self.px**2)
+
+    @property
+    def lpips_name(self) -> str:
+        """Network and size."""
+        return f"LPIPS {self.backbone} at {self.px} px"
 
     @cached_property
     def lpips(self) -> nn.Module:
@@ -222,6 +230,10 @@ class Networks:
         """LPIPS embeddings, (N, D)."""
         return embed(self.lpips, images, self.batch_size, self.px)
 
+    def kept(self, what: str, of: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, out of the cache if there is one and it is there."""
+        return compute() if self.cache is None else self.cache.get(what, of, compute)
+
     def told(self, stage: str) -> Callable[[int, int], None] | None:
         """The listener to the progress of one stage."""
         progress = self.progress
@@ -250,8 +262,17 @@ class Pictures:
         return self.networks.embeddings(self.images[unique.to(self.images.device)])[inverse]
 
     @cached_property
+    def content(self) -> tuple[str, ...]:
+        """Digests of the pictures and of those that are measured against."""
+        return digest(self.images), digest(self.networks.training)
+
+    @cached_property
     def distances(self) -> tuple[Tensor, Tensor]:
         """(N, M) LPIPS to the training pictures, and to the nearer of each and its mirror image."""
+        plain, either = self.networks.kept(f"{self.networks.lpips_name} distances", self.content, self._distances)
+        return plain[self.index], either[self.index]
+
+    def _distances(self) -> Tensor:
         networks = self.networks
         plain, mirrored, told = [], [], networks.told(f"LPIPS of the {self.title}")
         targets, mirrors = networks.training_embeddings
@@ -262,7 +283,7 @@ class Pictures:
             if told:
                 told(start + len(batch), len(self.images))
         table = torch.cat(plain)
-        return table[self.index], torch.minimum(table, torch.cat(mirrored))[self.index]
+        return torch.stack([table, torch.minimum(table, torch.cat(mirrored))])
 
     @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:
@@ -272,18 +293,29 @@ class Pictures:
     @cached_property
     def inception(self) -> Tensor:
         """(N, 2048)."""
-        return self._seen_by(self.networks.inception, "Inception")
+        return self._seen_by("Inception", lambda: self.networks.inception)
 
     @cached_property
     def clip(self) -> Tensor:
         """(N, D) of length 1."""
-        return self._seen_by(self.networks.clip, "CLIP")
+        return self._seen_by("CLIP", lambda: self.networks.clip, self.networks.clip_name)
 
     @cached_property
     def dino(self) -> Tensor:
         """(N, D)."""
-        return self._seen_by(self.networks.dino, "DINOv2")
+        return self._seen_by("DINOv2", lambda: self.networks.dino, self.networks.dino_name)
 
-    def _seen_by(self, network: nn.Module, title: str) -> Tensor:
+    def _seen_by(self, title: str, network: Callable[[], nn.Module], name: str | None = "") -> Tensor:
         told = self.networks.told(f"{title} of the {self.title}")
-        return embed(network, self.images, self.networks.large_batch_size, progress=told).cpu()[self.index]
+        batch_size = self.networks.large_batch_size
+
+        def see() -> Tensor:
+            return embed(network(), self.images, batch_size, progress=told).cpu()
+
+        return self.networks.kept(f"{title} {_version(name)}", self.content[:1], see)[self.index]
+
+
+def _version(name: str | None) -> str:
+    """The name of a network; of a folder also what would change with its content."""
+    files = sorted(Path(name).iterdir()) if name and Path(name).is_dir() else []
+    return f"{name} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
