@@ -18,7 +18,7 @@ def digest(tensor: Tensor) -> str:
     """Of type, shape and values."""
     values = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
-    found.update(values.numpy())
+    found.update(values.numpy().tobytes())
     return found.hexdigest()
 
 
@@ -34,7 +34,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
 
     def get(self, what: str, of: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` gives, on the CPU. `what` says which computation it is, `of` digests all that it depends on."""
+        """What `compute` gives, on the CPU. `what` says which computation; `of` digests all that it depends on."""
         path = self.folder / f"{hashlib.sha256(' '.join((what, *of)).encode()).hexdigest()}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):
             found = load_file(path)["features"]
