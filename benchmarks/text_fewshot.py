@@ -48,6 +48,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "sources/avatars"))
 from attributes import agreement_of, asked  # noqa: E402
 from captions import KIND, caption  # noqa: E402
+from domains import STYLE  # noqa: E402
 
 RESULTS = ROOT / "docs/benchmarks/text_fewshot.jsonl"
 SOURCE = "bundled:avatars-text"
@@ -64,12 +65,13 @@ DRIFT_SHARE = 0.5
 
 
 class Prompts:
-    """What a measurement asks for: the style, attributes in the style, and prompts without it."""
+    """What a measurement asks for: the style, attributes in it (but for those that it decides), prompts without it."""
 
-    def __init__(self, build: Path, num_images: int):
+    def __init__(self, build: Path, num_images: int, domain: str):
         self.style = [fill(INSTANCE_PROMPT, CLASS_PROMPT)] * num_images
         named = asked(build, 3 * num_images // 4, num_images // 5)
-        self.attributes = [a for a in named if KIND not in a]
+        left = ({key: value for key, value in a.items() if key not in STYLE[domain]} for a in named if KIND not in a)
+        self.attributes = [a for a in left if a]
         self.captions = [caption(a) for a in self.attributes]
         self.robots = [caption(a) for a in named if KIND in a]
 
@@ -233,9 +235,9 @@ def main() -> None:
         write_tables(args.results, "Ten-shot adaptation of a text-to-image source", tables(read_rows(args.results)))
         return
     args.build.mkdir(parents=True, exist_ok=True)
-    prompts = Prompts(args.build, args.num_images)
     done = {(row["domain"], row["name"], row["seed"], row["step"]) for row in read_rows(args.results)}
     for domain in args.domains:
+        prompts = Prompts(args.build, args.num_images, domain)
         training, heldout = load_domain(f"bundled:{domain}", 64).images, heldout_pictures(f"bundled:{domain}", 64)
         evaluator = Evaluator(training, heldout, Protocol())
         empty: Row = dict.fromkeys(("agreement", "agreements", "drift", "class_drift"))

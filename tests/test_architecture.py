@@ -12,7 +12,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER.split("|")) for room in ro
 THIRD_PARTIES = {  # where each may be imported; any other, torchmetrics for one, nowhere
     "torch": ("diffusion/", "losses/", "models/", "data/", "training/", "evaluation/", "app/"),
     "numpy": ("models/", "data/", "training/", "evaluation/", "app/"),
-    "safetensors": ("models/", "training/", "app/"),
+    "safetensors": ("models/", "training/", "evaluation/cache.py", "app/"),
     "diffusers": ("models/", "quiet.py"),
     "transformers": ("models/", "quiet.py", "evaluation/foundation.py"),
     "peft": ("models/",),
