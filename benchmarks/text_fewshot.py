@@ -52,12 +52,12 @@ from domains import STYLE  # noqa: E402
 
 RESULTS = ROOT / "docs/benchmarks/text_fewshot.jsonl"
 SOURCE = "bundled:avatars-text"
-INSTANCE_PROMPT, CLASS_PROMPT = "{caption}, sks style", "a portrait of a person"
+INSTANCE_PROMPT, CLASS_PROMPT = "{caption}, z", "a portrait of a person"
 GUIDANCE = 2.0
 SAMPLING_SEED, SAMPLING_STEPS = 77, 25
 MEASURES = (*NUMBERS[:5], "agreement", "drift", "class_drift")
 BASELINES = ("dreambooth adapter=full", "dreambooth")
-COMMON = {"train_batch_size": 10, "pair_batch_size": 10, "lora_layers": "all"}
+COMMON = {"captions": "files", "train_batch_size": 10, "pair_batch_size": 10, "lora_layers": "all"}
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 """Of a source this small, for every method; ten times the usual ones of Stable Diffusion and more."""
 AGREEMENT_ALLOWANCE = 0.05
