@@ -56,6 +56,13 @@ class TrainingPictures:
     student_prompts: tuple[str, ...] = ()
     source_prompts: tuple[str, ...] = ()
 
+    def __add__(self, other: "TrainingPictures") -> "TrainingPictures":
+        return TrainingPictures(
+            torch.cat([self.images, other.images]),
+            self.student_prompts + other.student_prompts,
+            self.source_prompts + other.source_prompts,
+        )
+
     def encoded(self, model: DiffusionModel) -> Prompts:
         """The prompts as the model takes them."""
         return Prompts(model.encode_prompts(self.student_prompts), model.encode_prompts(self.source_prompts))
@@ -63,6 +70,9 @@ class TrainingPictures:
 
 def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], None]) -> TrainingPictures:
     """The training pictures with their prompts, shown as a table; a subject's pictures come after those of the style.
+
+    With captions and a class_prompt each picture is there twice, told by its caption and told by the class_prompt: a
+    model that only ever saw the identifier after details takes both together for the sign of the style.
 
     Raises:
         UserError: if pictures or captions cannot be used, or prompts are missing or of no use.
@@ -86,22 +96,26 @@ def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], No
             f"instance_prompt {recipe.instance_prompt!r} says what your pictures are: it cannot leave a choice; "
             "alternatives belong in prior_prompt and validation_prompt"
         )
-    pictures = _with_prompts(recipe, domain)
+    captions = _captions(recipe, domain)
+    style, paths = _told(recipe, domain.images, captions), domain.paths
+    subject = TrainingPictures(style.images[:0])
     if recipe.subject_data_dir is not None:
         assert recipe.subject_prompt is not None
-        subject = load_domain(recipe.subject_data_dir, model.resolution)
-        told = (recipe.subject_prompt, recipe.subject_class_prompt or recipe.class_prompt or "")
-        pictures = TrainingPictures(
-            torch.cat([pictures.images, subject.images]),
-            pictures.student_prompts + (told[0],) * len(subject.images),
-            pictures.source_prompts + (told[1],) * len(subject.images),
-        )
-        domain = Domain(domain.name, pictures.images, domain.paths + subject.paths)
-    log(caption_table(domain.paths, pictures.student_prompts))
-    return pictures
+        found = load_domain(recipe.subject_data_dir, model.resolution)
+        number, source = len(found.images), recipe.subject_class_prompt or recipe.class_prompt or ""
+        subject = TrainingPictures(found.images, (recipe.subject_prompt,) * number, (source,) * number)
+        paths += found.paths
+    pictures = style + subject
+    log(caption_table(paths, pictures.student_prompts))
+    if recipe.captions == "none" or recipe.class_prompt is None:
+        return pictures
+    plain = _told(recipe, domain.images, [recipe.class_prompt] * len(captions))
+    log(f"and as often, in place of their captions: {plain.student_prompts[0]}")
+    return pictures + plain + subject
 
 
-def _with_prompts(recipe: Recipe, domain: Domain) -> TrainingPictures:
+def _captions(recipe: Recipe, domain: Domain) -> list[str]:
+    """What each picture shows, without the style."""
     template, fallback = recipe.instance_prompt or "", recipe.class_prompt
     captions = read_captions(domain.paths[0].parent, domain.paths, recipe.captions)
     if fallback is None and recipe.captions == "none" and recipe.pairs == "training":
@@ -114,17 +128,20 @@ def _with_prompts(recipe: Recipe, domain: Domain) -> TrainingPictures:
             f"captions={recipe.captions!r}, but instance_prompt {template!r} has no {{caption}} to put them in; write, "
             'for one, "{caption}, sks style"'
         )
-    told = []
     for path, own in zip(domain.paths, captions, strict=True):
         if own is None and fallback is None and "{caption}" in template:
             raise UserError(f"{path.name} has no caption; write one, or give a class_prompt that stands in for it")
-        told.append(own or fallback or "")
     if "{caption}" in template and not (recipe.validation_prompt or recipe.prior_prompt or fallback):
         raise UserError(
             f"instance_prompt {template!r} needs a caption for previews; give a class_prompt or a validation_prompt"
         )
-    source = told if fallback is None or "{caption}" in template else [fallback] * len(told)
-    return TrainingPictures(domain.images, tuple(fill(template, caption) for caption in told), tuple(source))
+    return [own or fallback or "" for own in captions]
+
+
+def _told(recipe: Recipe, images: Tensor, captions: list[str]) -> TrainingPictures:
+    template, fallback = recipe.instance_prompt or "", recipe.class_prompt
+    source = captions if fallback is None or "{caption}" in template else [fallback] * len(captions)
+    return TrainingPictures(images, tuple(fill(template, caption) for caption in captions), tuple(source))
 
 
 @dataclass(frozen=True)
