@@ -238,11 +238,16 @@ class TestPrompts:
     )
     def test_what_is_told_of_each_picture_is_shown(self, recipe, text_models, captioned, settings, students, sources):
         model, log = text_models(), []
+        images = load_domain(captioned, 16).images
         pictures = open_pictures(recipe(instance_data_dir=str(captioned), **settings), model, log.append)
+        assert log[0] == "\n".join(f"{i}.png  {prompt}" for i, prompt in enumerate(students, 1))
+        if settings.get("captions") == "files":  # and once more without them
+            assert log[1:] == ["and as often, in place of their captions: a portrait, xyz style"]
+            students, sources = students + ["a portrait, xyz style"] * 3, sources + ["a portrait"] * 3
+            images = torch.cat([images, images])
         assert pictures.student_prompts == tuple(students)
         assert pictures.source_prompts == tuple(sources)
-        assert log == ["\n".join(f"{i}.png  {prompt}" for i, prompt in enumerate(students, 1))]
-        assert torch.equal(pictures.images, load_domain(captioned, 16).images)
+        assert torch.equal(pictures.images, images)
         told = pictures.encoded(model)
         assert torch.equal(told.student, model.encode_prompts(students))
         assert torch.equal(told.source, model.encode_prompts(sources))
@@ -262,6 +267,14 @@ class TestPrompts:
         assert torch.equal(opened.images, torch.cat(sets))
         assert opened.student_prompts == ("a portrait, xyz style",) * 10 + ("a xyz dog",) * 3
         assert opened.source_prompts == ("a portrait",) * 10 + (source,) * 3
+
+    def test_a_subject_is_shown_as_often_as_captioned_pictures(self, recipe, text_models, captioned, pictures):
+        subject = {"subject_data_dir": str(pictures), "subject_prompt": "a xyz dog", "subject_class_prompt": "a dog"}
+        style = {"instance_data_dir": str(captioned), "captions": "files", "instance_prompt": "{caption}, xyz style"}
+        opened = open_pictures(recipe(**subject, **style), text_models(), lambda message: None)
+        assert opened.student_prompts.count("a xyz dog") == opened.source_prompts.count("a dog") == 20
+        assert len(opened.images) == 2 * 13
+        assert torch.equal(opened.images[:13], opened.images[13:])
 
     def test_a_subject_and_a_style_train_together(self, recipe, captioned, monkeypatch):
         seen, log = [], []
