@@ -10,6 +10,7 @@ from typing import Any
 from domainstudio.app.cli import main
 
 FAST: dict[str, Any] = {
+    "watch": False,
     **{"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "train_batch_size": 3},
     **{"num_class_images": 4, "pair_batch_size": 3, "num_validation_images": 2, "num_inference_steps": 2},
 }

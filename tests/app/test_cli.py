@@ -60,6 +60,8 @@ TRAIN_FLAGS = [
     "--checkpoints-total-limit",
     "--validation-steps",
     "--num-validation-images",
+    "--watch",
+    "--stop-when-overfitting",
     "--validation-prompt",
     "--negative-prompt",
     "--guidance-scale",
@@ -97,7 +99,7 @@ def offered(command: str) -> set[str]:
 
 def test_the_flags_of_train_are_frozen():
     switches = {"use-ema", "random-flip", "centre-pairs", "train-text-encoder"}
-    switches |= {"gradient-checkpointing", "with-prior-preservation"}
+    switches |= {"gradient-checkpointing", "with-prior-preservation", "watch", "stop-when-overfitting"}
     negations = {f"--no-{name}" for switch in switches for name in (switch, switch.replace("-", "_"))}
     assert offered("train") == {*TRAIN_FLAGS, *("--" + flag[2:].replace("-", "_") for flag in TRAIN_FLAGS), *negations}
 
@@ -128,7 +130,7 @@ def test_version():
 def test_underscores_are_understood(tmp_path, pipelines, pictures):
     settings = {**FAST, "pretrained_model_name_or_path": pipelines("pixel_epsilon"), "instance_data_dir": pictures}
     settings |= {"output_dir": tmp_path / "run", "max_train_steps": 1, "method": "finetune", "seed": 3}
-    given = [f"--{name}={value}" for name, value in settings.items()]
+    given = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, bool)]
     succeeds("train", *given, "--no-use_ema", "--resume_from_checkpoint=latest")
     kept = build_recipe(tmp_path / "run" / "config.toml", {})
     assert (kept.seed, kept.use_ema, kept.max_train_steps) == (3, False, 1)

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from domainstudio.evaluation.charts import loss_charts
+from domainstudio.evaluation.charts import line_charts
 from domainstudio.evaluation.report import ReportEntry, write_report
 from domainstudio.evaluation.verdict import judge
 
@@ -113,7 +113,7 @@ class TestVerdict:
 class TestCharts:
     def test_one_line_a_term_and_few_points(self):
         rows = [{"step": s, "loss": 2.0 / (s + 1), "denoising": 1.0, "pairwise": -0.1 * s} for s in range(5000)]
-        drawn = loss_charts(rows)
+        drawn = line_charts(rows)
         assert drawn.count("<polyline") == 3
         assert drawn.index(">loss") < drawn.index(">denoising") < drawn.index(">pairwise")
         assert drawn.count("log scale") == 1
@@ -125,13 +125,13 @@ class TestCharts:
         [([], 0), ([math.nan], 0), ([0.5], 1), ([0.0, 0.0], 1), ([1.0, math.inf, 2.0], 1), ([1e-9, 1e9], 1)],
     )
     def test_odd_series(self, values, lines):
-        drawn = loss_charts([{"step": step, "loss": value} for step, value in enumerate(values)])
+        drawn = line_charts([{"step": step, "loss": value} for step, value in enumerate(values)])
         assert drawn.count("<polyline") == lines
         assert "nan" not in drawn
         assert "inf" not in drawn
 
     def test_terms_may_start_late(self):
-        assert loss_charts([{"step": 0, "loss": 1.0}, {"step": 1, "loss": 1.0, "late": 2.0}]).count("<polyline") == 2
+        assert line_charts([{"step": 0, "loss": 1.0}, {"step": 1, "loss": 1.0, "late": 2.0}]).count("<polyline") == 2
 
 
 class TestPage:

@@ -18,6 +18,7 @@ from domainstudio.app.draw import (
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import open_domain, recipe_source
 from domainstudio.app.recipe import Recipe
+from domainstudio.app.watching import read_readings
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
 from domainstudio.errors import UserError
@@ -166,14 +167,18 @@ def _run_entry(
         _part(progress, f"sampling {title}"),
         None if model.condition is None else validation_guidance(recipe, num_images),
     )
-    note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {recipe.max_train_steps} steps"
+    steps = f"{recipe.max_train_steps} steps"
+    if (chosen := folder.chosen_step()) is not None:
+        steps = f"step {chosen} of {recipe.max_train_steps}, chosen by the watch"
+    note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {steps}"
     evaluation = evaluator.evaluate(pictures, prompts_of(folder.path, num_images))
     entry = _entry(title, note, pictures, evaluation, "result")
-    sheets = sorted(folder.samples.glob("step_*"))
+    log, sheets = read_metrics(folder.metrics), sorted(folder.samples.glob("step_*"))
     previews = [(int(sheet.name.removeprefix("step_")), read_pictures(sheet)) for sheet in sheets]
     return replace(
         entry,
-        losses=tuple(read_metrics(folder.metrics)),
+        losses=tuple(record for record in log if "watch" not in record),
+        readings=tuple(read_readings(folder)),
         previews=tuple(previews),
         prompted=_prompted(model, recipe, captions, seed, in_style=True),
     )

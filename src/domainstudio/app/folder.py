@@ -1,5 +1,6 @@
 """A run folder: where a run keeps what, and where it can be continued."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from domainstudio.app.recipe import Recipe, build_recipe
 from domainstudio.errors import UserError
 from domainstudio.models.lora_files import DIFFUSERS_LORA_FILE, LORA_FILE
+from domainstudio.training.observers import sheet_folder
 from domainstudio.training.state import (
     TrainState,
     find_checkpoint,
@@ -37,6 +39,20 @@ class RunFolder:
         """step_N/ folders of pictures."""
         return self.path / "samples"
 
+    def sheet(self, step: int) -> Path:
+        """The pictures of one step."""
+        return sheet_folder(self.samples, step)
+
+    @property
+    def best(self) -> "RunFolder":
+        """The checkpoint that the watch chose: a run folder with its result alone."""
+        return RunFolder(self.path / "best")
+
+    @property
+    def choice(self) -> Path:
+        """In `best`: the step it is of, and what the watch read there."""
+        return self.path / "choice.json"
+
     @property
     def pipeline(self) -> Path:
         """The result, an ordinary diffusers pipeline folder."""
@@ -66,6 +82,10 @@ class RunFolder:
     def report(self) -> Path:
         """The report."""
         return self.path / "report.html"
+
+    def chosen_step(self) -> int | None:
+        """In `best`: the step it is of; None in other folders."""
+        return json.loads(self.choice.read_text())["step"] if self.choice.is_file() else None
 
     def recipe(self) -> Recipe:
         """The run's recipe.
@@ -151,3 +171,5 @@ def drop_what_follows(folder: RunFolder, step: int, last: int) -> None:
     if step < last:
         remove_whole(folder.pipeline)
         remove_whole(folder.diffusers_lora.parent)
+    if (folder.best.chosen_step() or 0) > step:
+        remove_whole(folder.best.path)

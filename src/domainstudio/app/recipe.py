@@ -101,6 +101,8 @@ class Recipe(BaseModel):
     checkpoints_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     validation_steps: int = Field(50, ge=1, description="steps between sample sheets")
     num_validation_images: int = Field(16, ge=1, description="pictures a sample sheet")
+    watch: bool = Field(True, description="judge every sample sheet and keep the best checkpoint's result in best/")
+    stop_when_overfitting: bool = Field(False, description="end the run when the watch sees it overfitting")
     validation_prompt: str | None = Field(
         None, description="prompt of previews and measurements; {a|b} draws; default: instance_prompt"
     )
@@ -130,6 +132,8 @@ class Recipe(BaseModel):
             )
         if (self.subject_data_dir is None) != (self.subject_prompt is None):
             raise ValueError("subject_data_dir and subject_prompt go together; give both or neither")
+        if self.stop_when_overfitting and not self.watch:
+            raise ValueError("stop_when_overfitting needs the watch; leave watch at true")
         if self.erase_steps >= self.max_train_steps:
             raise ValueError(
                 f"erase_steps={self.erase_steps} leaves none of max_train_steps={self.max_train_steps} to learn in"

@@ -11,12 +11,16 @@ from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
 from domainstudio.app.materials import (
     TrainingPictures,
     draw_source_samples,
+    open_domain,
     open_pictures,
     prior_prompts,
     recipe_source,
 )
 from domainstudio.app.recipe import Recipe
+from domainstudio.app.watching import Watching
 from domainstudio.data.captions import fill
+from domainstudio.evaluation.watch import tell
+from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.condition import TextDenoiser
 from domainstudio.models.load import save_pipeline
@@ -28,7 +32,7 @@ from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheets
 from domainstudio.training.state import written_whole
-from domainstudio.training.train import Observer, TrainConfig, Training, find_optimizer, train
+from domainstudio.training.train import Observer, TrainConfig, find_optimizer, train
 
 
 def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> Adaptation:
@@ -102,6 +106,7 @@ def train_run(
     if recipe.gradient_checkpointing:
         model.checkpoint_gradients()
     adaptation = build_adaptation(model, recipe, needs_source=objective.needs_source or recipe.erase_steps > 0)
+    watching = _watching(folder, model, adaptation, recipe, log)
     run = train(
         model,
         adaptation,
@@ -110,11 +115,15 @@ def train_run(
         _train_config(recipe),
         prior=None if samples is None else samples.encoded(model),
         prompts=pictures.encoded(model),
-        observers=(*_watchers(folder, model, adaptation, recipe), *observers),
+        observers=(*_watchers(folder, model, adaptation, recipe), *observers, *watching),
         resume=resume,
         accelerator=accelerator,
     )
-    _save_result(folder, model, run)
+    with run.averaged():
+        _save_result(folder, model, adaptation)
+    for watch in watching:
+        if watch.readings:
+            log(tell(watch.readings))
     return folder
 
 
@@ -169,15 +178,36 @@ def _watchers(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, 
     return MetricsLog(folder.metrics), sheets, checkpoints
 
 
-def _save_result(folder: RunFolder, model: DiffusionModel, run: Training) -> None:
-    with run.averaged():
-        if isinstance(run.adaptation, LoraAdaptation):
-            if model.condition is not None:  # the LoRA is the result; `export --format merged` makes a pipeline of it
-                with written_whole(folder.path / "lora") as partial:
-                    save_diffusers_lora(run.adaptation, partial)
-                return
-            save_lora(run.adaptation, folder.lora)
-        merged = run.adaptation.merged().eval()
+def _watching(
+    folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, recipe: Recipe, log: Callable[[str], None]
+) -> tuple[Watching, ...]:
+    """The watch, if the recipe wants it.
+
+    Raises:
+        MissingWeights: if it is to stop the run and cannot see.
+    """
+    if not recipe.watch:
+        return ()
+    if recipe.stop_when_overfitting:
+        find_weights("lpips-vgg")
+
+    def save(best: RunFolder) -> None:
+        _save_result(best, model, adaptation)
+
+    device = next(model.network.parameters()).device
+    training = open_domain(recipe, model).images.to(device)
+    return (Watching(folder, training, save, recipe.stop_when_overfitting, log),)
+
+
+def _save_result(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation) -> None:
+    """Writes the student with the weights it has now."""
+    if isinstance(adaptation, LoraAdaptation):
+        if model.condition is not None:  # the LoRA is the result; `export --format merged` makes a pipeline of it
+            with written_whole(folder.path / "lora") as partial:
+                save_diffusers_lora(adaptation, partial)
+            return
+        save_lora(adaptation, folder.lora)
+    merged = adaptation.merged().eval()
     modules = {"unet": merged}
     if isinstance(merged, TextDenoiser):
         modules = {"unet": merged.unet, "text_encoder": merged.text_encoder}

@@ -12,10 +12,10 @@ MAX_POINTS = 240
 LOG_RATIO = 20  # a smooth curve that spans more than this is drawn on a log scale
 
 
-def loss_charts(losses: Sequence[dict[str, float]]) -> str:
+def line_charts(rows: Sequence[dict[str, float]]) -> str:
     """One small chart a quantity: the total first, then the named terms, in the order of their first appearance."""
-    names = dict.fromkeys(name for row in losses for name in row if name != "step")
-    return "".join(_chart(name, *_series(losses, name)) for name in sorted(names, key=lambda name: name != "loss"))
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    return "".join(_chart(name, *_series(rows, name)) for name in sorted(names, key=lambda name: name != "loss"))
 
 
 def _series(losses: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from domainstudio.evaluation.watch import Reading
+
 NOMINAL_COPY_RATE = 0.01  # what the copy threshold is meant to let through where no real pictures tell
 
 
@@ -24,6 +26,7 @@ class ReportEntry:
         nearest: for each image, the index of its nearest training picture; may be empty.
         distances: for each image, the LPIPS distance to that picture; may be empty.
         losses: one mapping a logged step: `step`, `loss` and the named terms.
+        readings: what the watch read over training.
         previews: (step, (K, 3, H, W)) samples from fixed noise over training.
         prompted: (prompt, (K, 3, H, W)) samples of each of the prompts that all entries were asked for.
     """
@@ -36,6 +39,7 @@ class ReportEntry:
     nearest: tuple[int, ...] = ()
     distances: tuple[float, ...] = ()
     losses: tuple[dict[str, float], ...] = ()
+    readings: tuple[Reading, ...] = ()
     previews: tuple[tuple[int, Tensor], ...] = ()
     prompted: tuple[tuple[str, Tensor], ...] = ()
 

@@ -54,15 +54,31 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Trap: unbiased, hence negative at times for sets that agree.
     """
     a, b = a.double(), b.double()
-    return float(_mean_off_diagonal(_kernel(a, a)) + _mean_off_diagonal(_kernel(b, b)) - 2 * _kernel(a, b).mean())
+    within = mean_off_diagonal(_kernel(a, a)) + mean_off_diagonal(_kernel(b, b))
+    return within - 2 * float(_kernel(a, b).mean())
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _mean_off_diagonal(table: Tensor) -> Tensor:
-    return (table.sum() - table.trace()) / (len(table) * (len(table) - 1))
+def mean_off_diagonal(table: Tensor) -> float:
+    """Mean of a square table without its diagonal: over pairs of two different things, (N, N) -> a number, N >= 2."""
+    return float((table.sum() - table.trace()) / (len(table) * (len(table) - 1)))
+
+
+def energy_distance(between: Tensor, within_a: Tensor, within_b: Tensor) -> float:
+    """How far two distributions are apart, by distances between samples: unbiased, 0 (and at times below) for the same.
+
+    Args:
+        between: (N, M) distances from each sample of one to each of the other; a metric, such as the root of LPIPS.
+        within_a: (N, N) among those of the one, N >= 2.
+        within_b: (M, M) among those of the other, M >= 2.
+
+    Source: Székely & Rizzo 2013 (doi 10.1016/j.jspi.2013.03.018), eq. 5, over pairs of different samples.
+    Trap: a copier's is the lowest of all.
+    """
+    return 2 * float(between.mean()) - mean_off_diagonal(within_a) - mean_off_diagonal(within_b)
 
 
 def gaussian_distance(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
@@ -183,7 +199,7 @@ def _members(assignment: Tensor, num_clusters: int) -> Iterator[Tensor]:
 
 
 def _mean_pair(embeddings: Tensor) -> float:
-    return float(_mean_off_diagonal(pairwise_lpips(embeddings, embeddings)))
+    return mean_off_diagonal(pairwise_lpips(embeddings, embeddings))
 
 
 def copy_threshold(real_nearest: Tensor, quantile: float = 0.01) -> float:

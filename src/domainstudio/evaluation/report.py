@@ -7,10 +7,11 @@ from string import Template
 
 from torch import Tensor
 
-from domainstudio.evaluation.charts import loss_charts
+from domainstudio.evaluation.charts import line_charts
 from domainstudio.evaluation.entry import ReportEntry, diversity_gap, find_real, is_copying, percent, plain
 from domainstudio.evaluation.gallery import filmstrip, nearest_gallery, noise_gallery, prompt_gallery, training_gallery
 from domainstudio.evaluation.verdict import judge
+from domainstudio.evaluation.watch import tell
 
 __all__ = ["ReportEntry", "write_report"]
 
@@ -182,9 +183,13 @@ def _training_section(entries: Sequence[ReportEntry]) -> str:
 
 
 def _training(entry: ReportEntry) -> str:
-    charts, film = loss_charts(entry.losses), filmstrip(entry)
+    charts, film = line_charts(entry.losses), filmstrip(entry)
+    watched = ""
+    if entry.readings:
+        curves = line_charts([reading.curves() for reading in entry.readings])
+        watched = f'<p><strong>{escape(tell(entry.readings))}</strong></p><div class="charts">{curves}</div>'
     return (
-        f"<h3>{escape(entry.title)}</h3>"
+        f"<h3>{escape(entry.title)}</h3>{watched}"
         + (f'<div class="charts">{charts}</div>' if charts else "")
         + (f'<p class="caption">Samples from fixed noise, by training step</p>{film}' if film else "")
     )

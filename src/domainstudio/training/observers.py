@@ -1,7 +1,9 @@
 """What watches a run: the metrics log, sample sheets and checkpoints. Each is a callable that takes a StepEvent."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +30,15 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
             partial.replace(self.path)
             return
+        self.add(event.step, event.metrics)
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one object more of a step."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": event.step, **event.metrics}) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
@@ -43,6 +49,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def sheet_folder(samples: Path, step: int) -> Path:
+    """Where the pictures of one step are."""
+    return samples / f"step_{step:06d}"
 
 
 class SampleSheets:
@@ -70,7 +81,7 @@ class SampleSheets:
 
     def __call__(self, event: StepEvent) -> None:
         """Samples with the averaged weights when a sheet is due."""
-        folder = self.folder / f"step_{event.step:06d}"
+        folder = sheet_folder(self.folder, event.step)
         due = event.step % self.every == 0 or event.step == self.last
         if not due or (not event.metrics and folder.exists()):
             return

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -67,6 +67,10 @@ class StepEvent:
 
 
 Observer = Callable[[StepEvent], None]
+
+
+class StopTraining(Exception):
+    """Raised by an observer to end the run with the step just done."""
 
 
 class Training:
@@ -164,7 +168,7 @@ def train(
         images: (N, 3, H, W) in [-1, 1], the training pictures.
         prior: M source samples in model space with their prompts, where the objective looks at such.
         prompts: of the training pictures, where the model takes any.
-        observers: called before the first step and after every one.
+        observers: called before the first step and after every one; one that raises StopTraining ends the run there.
 
     Raises:
         UserError: if the loss stops being finite, or the objective needs source samples and has none.
@@ -179,7 +183,7 @@ def train(
         run.load(resume)
     deck = _Deck(model, config, images.to(accelerator.device), prior, prompts)
     adaptation.network.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), suppress(StopTraining):
         _notify(observers, StepEvent(run.step, {}, run.state, run.averaged))
         while run.step < config.max_train_steps:
             generator = step_generator(config.seed, run.step)

@@ -1,0 +1,81 @@
+"""The watch during a run: it reads each sheet of samples, logs what it says, and keeps the best checkpoint's result."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from domainstudio.app.folder import RunFolder
+from domainstudio.data.domain import read_pictures
+from domainstudio.errors import MissingWeights
+from domainstudio.evaluation.watch import Reading, Watch, choose, is_overfitting
+from domainstudio.training.observers import MetricsLog, read_metrics
+from domainstudio.training.state import written_whole
+from domainstudio.training.train import StepEvent, StopTraining
+
+
+class Watching:
+    """An observer, after those that write the log and the sheets.
+
+    Args:
+        training: (N, 3, H, W) in [-1, 1], the pictures of the style.
+        save_result: writes the result of the network as it is now into a run folder.
+        stops: whether to end a run that is overfitting.
+        log: told what is worth a line.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        training: Tensor,
+        save_result: Callable[[RunFolder], None],
+        stops: bool,
+        log: Callable[[str], None],
+    ):
+        self.folder, self.training, self.save_result, self.stops, self.log = folder, training, save_result, stops, log
+        self.watch: Watch | None = None
+        self.readings: list[Reading] = []
+
+    def __call__(self, event: StepEvent) -> None:
+        """Reads the sheet of this step if there is one.
+
+        Raises:
+            StopTraining: if the run is overfitting and is to end then.
+        """
+        if not event.metrics:
+            self._begin()
+        sheet = self.folder.sheet(event.step)
+        if self.watch is None or not sheet.is_dir() or any(reading.step == event.step for reading in self.readings):
+            return
+        reading = self.watch.read(event.step, self._pictures(sheet))
+        self.readings.append(reading)
+        if choose(self.readings) is reading:
+            with event.averaged():
+                self._keep(reading)
+        MetricsLog(self.folder.metrics).add(event.step, {"watch": reading.to_json()})
+        if self.stops and is_overfitting(self.readings):
+            raise StopTraining
+
+    def _begin(self) -> None:
+        try:
+            self.watch = Watch(self.training, self._pictures(self.folder.sheet(0)))
+        except MissingWeights as missing:
+            self.log(f"nothing watches this run for overfitting: {missing}")
+        self.readings = read_readings(self.folder)
+
+    def _pictures(self, sheet: Path) -> Tensor:
+        return read_pictures(sheet, self.training.shape[-1]).to(self.training.device)
+
+    def _keep(self, reading: Reading) -> None:
+        with written_whole(self.folder.best.path) as partial:
+            shutil.copy(self.folder.config, partial)
+            best = RunFolder(partial)
+            best.choice.write_text(json.dumps(reading.to_json()) + "\n")
+            self.save_result(best)
+
+
+def read_readings(folder: RunFolder) -> list[Reading]:
+    """What the watch logged of a run."""
+    return [Reading.from_json(record["watch"]) for record in read_metrics(folder.metrics) if "watch" in record]
