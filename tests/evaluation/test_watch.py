@@ -1,0 +1,141 @@
+"""The watch against literal distances, against planted copiers and samplers, and its sentences."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from domainstudio.errors import MissingWeights, UserError
+from domainstudio.evaluation import features
+from domainstudio.evaluation.metrics import energy_distance, pairwise_lpips
+from domainstudio.evaluation.watch import PATIENCE, Reading, Watch, choose, is_overfitting, tell
+
+pytestmark = pytest.mark.usefixtures("stubs")
+
+
+def pictures(num: int, seed: int, shift: float = 0.0) -> Tensor:
+    """Coarse noise about a mean."""
+    coarse = torch.rand(num, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) - 0.5 + shift
+    return coarse.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+TRAINING, SOURCE = pictures(10, 0, 0.4), pictures(16, 1, -0.4)
+
+
+def read(images: Tensor, step: int = 5) -> Reading:
+    return Watch(TRAINING, SOURCE).read(step, images)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """What the stub sees of the difference of two pictures, squared."""
+    return sum(((0.3 * (a - b))[:, 4::8, 4::8]).flatten().tolist()[i] ** 2 for i in range(48))
+
+
+def test_a_reading_is_what_it_says():
+    images = pictures(16, 2)
+    reading = read(images)
+    nearest = [min(min(distance(x, t), distance(x, t.flip(-1))) for t in TRAINING) for x in images]
+    apart = [
+        min(min(distance(t, u), distance(t, u.flip(-1))) for j, u in enumerate(TRAINING) if j != i)
+        for i, t in enumerate(TRAINING)
+    ]
+    assert reading.closeness == pytest.approx(sum(nearest) / 16 / (sum(apart) / 10), rel=1e-4)
+    own = [distance(x, y) for i, x in enumerate(images) for j, y in enumerate(images) if i != j]
+    theirs = [distance(x, y) for i, x in enumerate(TRAINING) for j, y in enumerate(TRAINING) if i != j]
+    assert reading.diversity == pytest.approx(sum(own) / len(own) / (sum(theirs) / len(theirs)), rel=1e-4)
+
+
+def test_drift_is_from_the_same_noise():
+    moved = SOURCE.clone()
+    moved[0] += 0.2
+    assert read(SOURCE).drift == pytest.approx(0, abs=1e-7)
+    assert read(moved).drift == pytest.approx(distance(moved[0], SOURCE[0]) / len(SOURCE), rel=1e-3)
+
+
+def test_the_source_is_all_of_the_way_off():
+    assert read(SOURCE).style_distance == pytest.approx(1)
+
+
+def test_energy_distance_is_its_definition():
+    a, b = torch.randn(5, 3), torch.randn(7, 3) + 1
+    within_a = [math.dist(x, y) for i, x in enumerate(a.tolist()) for j, y in enumerate(a.tolist()) if i != j]
+    within_b = [math.dist(x, y) for i, x in enumerate(b.tolist()) for j, y in enumerate(b.tolist()) if i != j]
+    between = [math.dist(x, y) for x in a.tolist() for y in b.tolist()]
+    wanted = 2 * sum(between) / 35 - sum(within_a) / 20 - sum(within_b) / 42
+    tables = (pairwise_lpips(x, y).sqrt() for x, y in ((a, b), (a, a), (b, b)))
+    assert energy_distance(*tables) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_new_pictures_of_the_domain_are_where_they_should_be():
+    readings = [read(pictures(16, seed, 0.4)) for seed in range(10, 20)]
+    assert all(0.8 < reading.closeness < 1.25 for reading in readings)
+    assert all(reading.style_distance < 0.1 for reading in readings)
+    assert all(reading.score < 0.35 for reading in readings)
+
+
+def test_a_copier_is_close_and_named():
+    copies = TRAINING[[2, 6]].repeat(8, 1, 1, 1)
+    reading = read(copies + 0.001 * torch.randn(copies.shape, generator=torch.Generator().manual_seed(0)))
+    assert reading.closeness < 0.01
+    assert reading.crowded == (3, 7)
+    assert reading.score > read(pictures(16, 10, 0.4)).score + 0.5
+    assert read(copies.flip(-1)).closeness < 0.01
+
+
+def at(step: int, closeness: float = 1.0, style_distance: float = 0.1, crowded: tuple[int, ...] = ()) -> Reading:
+    return Reading(step, closeness, 1.0, style_distance, 0.2, crowded)
+
+
+RUN = [at(0, 2.0, 1.0), at(50, 1.2, 0.5), at(100, 0.95, 0.2), at(150, 0.6, 0.15), at(200, 0.3, 0.1, (3, 7))]
+
+
+def test_the_best_is_the_lowest_score_after_the_source():
+    assert choose(RUN).step == 100
+    assert choose([at(0, 1.0, 0.0), at(50, 1.3, 0.9)]).step == 50
+    assert choose(RUN[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("readings", "told"),
+    [
+        (RUN, "From step 150 on, outputs collapse onto pictures 3 and 7; step 100 is the best."),
+        (RUN[:4], "From step 150 on, outputs collapse onto the training pictures; step 100 is the best."),
+        (RUN[:3], "No collapse until step 100; step 100 is the best."),
+        (RUN[:2], "No collapse until step 50; step 50 is the best."),
+        ([RUN[0], at(50, 1.9, 0.9)], "The style has not arrived: 90% of the way is left at step 50."),
+        (RUN[:1], "No checkpoint was looked at yet."),
+    ],
+)
+def test_one_sentence(readings, told):
+    assert tell(readings) == told
+
+
+def test_overfitting_is_to_be_past_the_best_and_too_close():
+    later = [at(200 + 50 * i, 0.3, 0.1) for i in range(PATIENCE)]
+    assert not is_overfitting(RUN[:3])
+    assert is_overfitting([*RUN[:3], *later])
+    assert not is_overfitting([*RUN[:3], *later[: PATIENCE - 1]])
+    assert not is_overfitting([*RUN[:3], *later[:-1], replace(later[-1], closeness=0.9)])
+
+
+def test_a_reading_survives_json():
+    reading = Reading.from_json(RUN[-1].to_json())
+    assert reading == RUN[-1]
+    assert RUN[-1].to_json()["score"] == pytest.approx(RUN[-1].score)
+
+
+@pytest.mark.parametrize(("training", "source"), [(2, 16), (10, 1)])
+def test_too_few_pictures_are_refused(training, source):
+    with pytest.raises(UserError, match="at least 3 training pictures and 2 samples"):
+        Watch(TRAINING[:training], SOURCE[:source])
+
+
+def test_missing_weights_are_told_at_once(monkeypatch):
+    def missing(backbone):
+        raise MissingWeights("nowhere")
+
+    monkeypatch.setattr(features, "load_lpips", missing)
+    with pytest.raises(MissingWeights):
+        Watch(TRAINING, SOURCE)
