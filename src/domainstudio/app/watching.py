@@ -9,7 +9,7 @@ from torch import Tensor
 
 from domainstudio.app.folder import RunFolder
 from domainstudio.data.domain import read_pictures
-from domainstudio.errors import MissingWeights
+from domainstudio.errors import UserError
 from domainstudio.evaluation.watch import Reading, Watch, choose, is_overfitting
 from domainstudio.training.observers import MetricsLog, read_metrics
 from domainstudio.training.state import written_whole
@@ -61,8 +61,8 @@ class Watching:
     def _begin(self) -> None:
         try:
             self.watch = Watch(self.training, self._pictures(self.folder.sheet(0)))
-        except MissingWeights as missing:
-            self.log(f"nothing watches this run for overfitting: {missing}")
+        except UserError as reason:  # weights that are missing, or too few pictures
+            self.log(f"nothing watches this run for overfitting: {reason}")
         self.readings = read_readings(self.folder)
 
     def _pictures(self, sheet: Path) -> Tensor:

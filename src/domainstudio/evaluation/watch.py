@@ -58,8 +58,7 @@ class Reading:
 
     def to_json(self) -> dict[str, float | list[int]]:
         """Plain JSON, with the score."""
-        values = {name: list(v) if isinstance(v, tuple) else round(v, 5) for name, v in asdict(self).items()}
-        return values | {"score": round(self.score, 5)}
+        return {**asdict(self), "crowded": list(self.crowded), "score": self.score}
 
     def curves(self) -> dict[str, float]:
         """The numbers to draw over the steps, by their titles."""
