@@ -108,6 +108,8 @@ def row_of(result: Row) -> Row:
 def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, args) -> None:
     key = {"domain": domain, "name": name_of(method, settings), "seed": seed}
     source = open_source(SOURCE)
+    if settings.get("train_text_encoder"):
+        source = source.with_text_encoder()
     started = [time.perf_counter()]
 
     def watch(event: StepEvent) -> None:

@@ -19,7 +19,7 @@ from domainstudio.evaluation.metrics import mean_off_diagonal, pairwise_lpips
 MAX_PX = 128
 PATIENCE = 3
 """Readings without a better one after which a run is overfitting, if its pictures are also too close."""
-COLLAPSED = 0.75
+COLLAPSED = 0.6
 """Closeness below which outputs have collapsed onto training pictures."""
 CROWDED = 0.4
 """Share of the outputs that are nearest to one training picture, above which it is named."""
