@@ -129,7 +129,7 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 def tables(results: list[Row]) -> str:
     """Markdown: per run the steps chosen and their KID, and the planted sets."""
     lines = [
-        "\n| domain | method | seed | best by held-out pictures: step, KID, Intra | chosen by the watch | KID over best | "
+        "\n| domain | method | seed | best, held-out: step, KID, Intra | chosen by the watch | KID over best | "
         "rank correlation |",
         "|---|---|---|---|---|---|---|",
     ]
