@@ -7,6 +7,7 @@ import torch
 from domainstudio.evaluation.charts import line_charts
 from domainstudio.evaluation.report import ReportEntry, write_report
 from domainstudio.evaluation.verdict import judge
+from domainstudio.evaluation.watch import Reading
 
 SCORES = {"num_images": 1000, "fid": 70.0, "nearest_lpips": 0.2, "copy_threshold": 0.07}
 
@@ -209,3 +210,30 @@ class TestPage:
     def test_lists_that_do_not_match_the_images_are_refused(self):
         with pytest.raises(ValueError, match="2 nearest for 4 images"):
             entry("Ours", nearest=(0, 1))
+
+
+class TestMoreNumbers:
+    def test_what_is_measured_is_folded_below(self, page):
+        html = page(entry("A", metrics={"vendi": 7.25, "coverage": 0.5}), entry("B", metrics={"vendi": 9.0}))
+        more = html[html.index("<details>") : html.index("</details>")]
+        assert re.findall(r"<th scope=.col.>([^<]*)</th>", more) == ["Model", "Coverage", "Vendi"]
+        assert ">0.500<" in more
+        assert ">7.2<" in more
+        assert "–<sup>" in more  # B's coverage
+
+    def test_nothing_is_folded_where_nothing_is_measured(self, page):
+        assert "<details>" not in page(PLAIN, OURS)
+
+
+class TestWatched:
+    def test_the_sentence_and_the_curves_are_shown(self, page):
+        readings = tuple(Reading(step, 1.5 - step / 100, 1.0, 0.5, 0.1, (2,)) for step in (0, 50, 100))
+        html = page(entry("A", losses=({"step": 1, "loss": 0.5},), readings=readings))
+        assert "From step 100 on, outputs collapse onto picture 2; step 50 is the best." in html
+        shown = html[html.index("From step 100 on") :]
+        for title in ("closeness (1 is right)", "diversity (1 is right)", "style distance", "drift"):
+            assert f'aria-label="{title} from' in shown
+        assert 'aria-label="loss from' in shown
+
+    def test_an_unwatched_run_says_nothing_of_it(self, page):
+        assert "closeness" not in page(entry("A", losses=({"step": 1, "loss": 0.5},)))

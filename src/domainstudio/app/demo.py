@@ -75,7 +75,7 @@ def run_demo(
             "max_train_steps": steps,
             "validation_steps": max(1, steps // 4),
             "checkpointing_steps": max(1, steps // 2),
-            "num_validation_images": 4,
+            "num_validation_images": 8,
             **shown.settings,
         }
         recipe = build_recipe(None, settings)

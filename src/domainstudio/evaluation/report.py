@@ -23,6 +23,12 @@ _METRICS = {
     "copy_rate": "Copies",
     "num_images": "Images",
 }
+_MORE_METRICS = {
+    **{"precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage"},
+    **{"vendi": "Vendi", "cmmd": "CMMD ×10³", "fd_dino": "FD-DINOv2"},
+    **{"clip_image": "CLIP, to the training pictures", "clip_text": "CLIP, to the prompts"},
+}
+"""Shown folded, and where measured alone."""
 _HOW_TO_READ = {
     "KID, FID": "How far the pictures are from held-out pictures of the domain. Lower is better – among models that do "
     "not copy: a copier scores excellently, and it means nothing. Compare KID; FID is biased when images are few.",
@@ -33,6 +39,11 @@ _HOW_TO_READ = {
     "Copies": "The share of pictures closer to a training picture than almost any real picture is. Real pictures have "
     "a small share too; only what clearly exceeds it, given the number of images, is called copying.",
 }
+_HOW_TO_READ_MORE = (
+    "Precision and density: do the pictures look real. Recall and coverage: is everything real among them. Vendi: the "
+    "effective number of different pictures, to be read beside that of as many real ones. CMMD and FD-DINOv2: like KID "
+    "and FID, as newer networks see it. The likeness to the training pictures is highest for a copier."
+)
 
 
 def write_report(
@@ -71,7 +82,7 @@ def _sections(training: Tensor, entries: Sequence[ReportEntry], details: Mapping
     noise, prompted = noise_gallery(entries), prompt_gallery(entries)
     return [
         _section("Training pictures", "All that the models were given of the domain.", training_gallery(training)),
-        _section("The numbers", "", _table(entries) + _how_to_read() + _protocols(entries)) if entries else "",
+        _section("The numbers", "", _numbers(entries)) if entries else "",
         _section(
             "Same noise, side by side",
             "Each column starts from the same noise. A good adaptation keeps what the source drew and changes "
@@ -110,7 +121,17 @@ def _verdict(entries: Sequence[ReportEntry], num_training: int) -> str:
     return f"<p>{escape(verdict.headline)}</p>" + (f"<ul>{findings}</ul>" if findings else "")
 
 
-def _table(entries: Sequence[ReportEntry]) -> str:
+def _numbers(entries: Sequence[ReportEntry]) -> str:
+    measured = {n: label for n, label in _MORE_METRICS.items() if any(e.number(n) is not None for e in entries)}
+    more = ""
+    if measured:
+        more = (
+            f"<details><summary>More numbers</summary>{_table(entries, measured)}<p>{_HOW_TO_READ_MORE}</p></details>"
+        )
+    return _table(entries, _METRICS) + _how_to_read() + more + _protocols(entries)
+
+
+def _table(entries: Sequence[ReportEntry], metrics: Mapping[str, str]) -> str:
     """Entries as rows, metrics as columns; a missing number is a dash with a footnote that says why."""
     real, reasons = find_real(entries), dict[str, int]()
     rows = ""
@@ -118,13 +139,13 @@ def _table(entries: Sequence[ReportEntry]) -> str:
         flag = ' class="flag"' if _copies(entry, real) and entry.number("copy_rate") else ""
         cells = "".join(
             f'<td data-label="{label}"{flag if name == "copy_rate" else ""}>{_cell(entry, name, real, reasons)}</td>'
-            for name, label in _METRICS.items()
+            for name, label in metrics.items()
         )
         rows += (
             f'<tr class="{entry.kind}"><th scope="row">{escape(entry.title)}'
             f"<small>{escape(entry.note)}</small></th>{cells}</tr>"
         )
-    head = "".join(f'<th scope="col">{name}</th>' for name in _METRICS.values())
+    head = "".join(f'<th scope="col">{name}</th>' for name in metrics.values())
     notes = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
     return (
         f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col">Model</th>{head}</tr></thead>'
@@ -140,8 +161,11 @@ def _cell(entry: ReportEntry, name: str, real: ReportEntry | None, reasons: dict
     if name == "intra_lpips":
         gap = diversity_gap(entry, real) if entry is not real else None
         return f"{value:.3f}" + (f"<small>{gap:+.3f}</small>".replace("-", "−") if gap is not None else "")
-    formats = {"kid": plain, "fid": plain, "nearest_lpips": "{:.3f}".format, "copy_rate": percent}
-    text = formats.get(name, "{:,.0f}".format)(value)
+    whole = "{:,.0f}".format
+    formats = {"copy_rate": percent, "num_images": whole} | dict.fromkeys(
+        ("kid", "fid", "vendi", "cmmd", "fd_dino"), plain
+    )
+    text = formats.get(name, "{:.3f}".format)(value)
     return f"<s>{text}</s>" if name in ("kid", "fid") and _copies(entry, real) else text
 
 
