@@ -11,6 +11,7 @@ from rich.table import Table
 
 from domainstudio.app.recipe import Recipe
 from domainstudio.evaluation.entry import ReportEntry
+from domainstudio.evaluation.features import UNASKED
 from domainstudio.training.train import Observer, StepEvent
 
 
@@ -95,11 +96,16 @@ _COLUMNS = (("kid", 1), ("fid", 1), ("intra_lpips", 3), ("nearest_lpips", 3))
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    """One evaluation, a line a number, with protocol or reason."""
+    """One evaluation, a line a number, with protocol or reason; a last line for what was not asked for."""
     reasons = result.get("reasons", {})
+    unasked = [name for name in _PROTOCOLS if UNASKED in reasons.get(name, "")]
     for name in (*_PROTOCOLS, "num_images"):
+        if name in unasked:
+            continue
         note = reasons.get(name) or result.get(f"{_PROTOCOLS.get(name)}_protocol") or ""
         print(f"{name:14} {_number(result[name], 4):>10}   {note}".rstrip())
+    if unasked:
+        print(f"with --clip and --dino also: {', '.join(unasked)}")
 
 
 def _number(value: float | None, digits: int) -> str:

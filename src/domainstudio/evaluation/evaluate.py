@@ -276,9 +276,10 @@ class Evaluator:
         return len(pictures), len(self._reference) if self._reference else 0
 
     def _prompt_alignment(self, pictures: Pictures, prompts: Sequence[str]) -> float:
+        features = pictures.clip
         if not prompts:
             raise _Unmeasured("these pictures were drawn of no prompt that is known")
-        return metrics.prompt_alignment(pictures.clip, self._networks.clip_texts(prompts))
+        return metrics.prompt_alignment(features, self._networks.clip_texts(prompts))
 
     def _compared(self, pictures: Pictures, at_least: int = 2, seen_by: Sight = "inception") -> tuple[Tensor, Tensor]:
         """Features of the two sets that KID, FID, coverage, CMMD and FD-DINOv2 compare."""

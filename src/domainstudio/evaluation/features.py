@@ -22,6 +22,7 @@ from domainstudio.evaluation.weights import find_weights, read_arrays
 Backbone = Literal["alex", "vgg"]
 Progress = Callable[[str, int, int], None]
 
+UNASKED = "was not asked for"
 _POOL_3X3, _POOL_2X2 = nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 2)
 # One row a convolution: (in, out, kernel, stride, padding, pool before it, feature taken after its ReLU).
 _ALEXNET = (
@@ -242,7 +243,7 @@ class Networks:
 
 def _asked(name: str | None, title: str, flag: str) -> str:
     if name is None:
-        raise MissingWeights(f"{title} was not asked for: give {flag}, with a folder or name if you wish")
+        raise MissingWeights(f"{title} {UNASKED}: give {flag}, with a folder or name if you wish")
     return name
 
 
