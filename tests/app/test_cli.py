@@ -77,6 +77,7 @@ OTHER_FLAGS = {
     "evaluate": {"--instance-data-dir", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px"}
     | {"--intra", "--json", "--clip", "--dino"},
     "compare": {
+        "--instance-data-dir",
         "--caption",
         "--output",
         "--reference-dir",

@@ -168,6 +168,34 @@ class TestCompare:
         assert "Copier" in page
         assert "--reference-dir" in page
 
+    def test_a_run_beside_pictures_made_by_anything(self, plain_run, heldout, tmp_path):
+        theirs = shutil.copytree(heldout, tmp_path / "theirs")
+        result = succeeds("compare", plain_run, theirs, "--num-images", 5, "--output", tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        titles = ("Un-adapted source", "Plain fine-tuning", "theirs", "Copier")
+        assert [line.split("  ")[0].strip() for line in result.out.splitlines() if line.strip().startswith(titles)]
+        rows = re.findall(r'<th scope="row">([^<]*)<small>([^<]*)</small>', page)
+        number = len(list(heldout.iterdir()))
+        assert ("theirs", f"{number} pictures, however they were made") in rows
+        assert [title for title, _ in rows[:4]] == list(titles)
+        noise = page[page.index("Same noise, side by side") : page.index("Samples and their nearest")]
+        assert "Plain fine-tuning, noise 1" in noise
+        assert "theirs" not in noise
+
+    def test_pictures_alone(self, pictures, heldout, tmp_path):
+        given = ("--instance-data-dir", pictures, "--reference-dir", heldout, "--output", tmp_path / "report.html")
+        zipped = shutil.make_archive(str(tmp_path / "zipped"), "zip", heldout)
+        other = shutil.copytree(heldout, tmp_path / "other" / heldout.name)
+        succeeds("compare", heldout, other, zipped, *given)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert_self_contained(page)
+        for title in (str(heldout), str(other), "zipped.zip", "Copier", "Real held-out pictures"):
+            assert f'<th scope="row">{title}<small>' in page
+        assert "Un-adapted source" not in page
+        assert "Same noise" not in page
+        measured = evaluated(heldout, "--instance-data-dir", pictures, "--reference-dir", heldout)
+        assert f">{measured['intra_lpips']:.3f}" in page
+
     def test_every_method_has_a_title(self):
         assert METHOD_TITLES.keys() == set(METHODS)
 

@@ -217,6 +217,12 @@ class TestOtherCommands:
         config.write_text(config.read_text().replace("pictures", "others"))
         refused("compare", plain_run, other, told="do not share instance_data_dir")
 
+    def test_compare_pictures(self, plain_run, pictures, tmp_path):
+        refused("compare", pictures, told="give --instance-data-dir")
+        refused("compare", tmp_path, "--instance-data-dir", pictures, told="holds no pictures")
+        refused("compare", pictures, "--instance-data-dir", pictures, "--caption", "a dog", told="takes no prompts")
+        refused("compare", plain_run, "--instance-data-dir", tmp_path, told="leave --instance-data-dir out")
+
     def test_check(self, tmp_path):
         refused("check", tmp_path / "no", told="does not exist")
         refused("check", "bundled:in", told="Did you mean bundled:ink?")

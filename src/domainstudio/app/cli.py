@@ -96,8 +96,10 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_evaluate)
 
-    compare = commands.add_parser("compare", help="put runs side by side in one HTML report")
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    compare = commands.add_parser("compare", help="put runs and folders of pictures side by side in one HTML report")
+    compare.add_argument("targets", nargs="+", type=Path, metavar="RUN|FOLDER")
+    theirs = "the training pictures, where no run is given: folder or bundled:NAME"
+    _option(compare, "--instance-data-dir", help=theirs)
     compare.add_argument("--output", type=Path, default=Path("report.html"))
     besides = "what text-to-image models are asked for besides, the runs in their own style; may be given again"
     compare.add_argument("--caption", action="append", default=[], help=besides)
@@ -243,8 +245,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from domainstudio.app.compare import evaluate_pictures
     from domainstudio.app.console import Console, print_evaluation
+    from domainstudio.app.measure import evaluate_pictures
 
     with Console() as console:
         result = evaluate_pictures(
@@ -263,13 +265,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from domainstudio.app.compare import compare_runs
+    from domainstudio.app.compare import compare
     from domainstudio.app.console import Console, print_table
 
     with Console() as console:
-        result = compare_runs(
-            args.runs,
+        result = compare(
+            args.targets,
             args.output,
+            args.instance_data_dir,
             args.reference_dir,
             args.num_images,
             args.seed,

@@ -1,6 +1,6 @@
 """Use cases that measure: evaluate a run or a folder of pictures, compare several runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from domainstudio.app.draw import (
     default_device,
     draw_from,
-    draw_pictures,
     open_result,
     prompts_of,
     source_guidance,
     validation_guidance,
 )
 from domainstudio.app.folder import RunFolder
-from domainstudio.app.materials import open_domain, recipe_source
+from domainstudio.app.materials import recipe_source
+from domainstudio.app.measure import Progress, part, reference_pictures
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.watching import read_readings
 from domainstudio.data.captions import fill
-from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
+from domainstudio.data.domain import load_domain, read_pictures
 from domainstudio.errors import UserError
 from domainstudio.evaluation.cache import FeatureCache
 from domainstudio.evaluation.entry import ReportEntry
@@ -40,8 +40,6 @@ METHOD_TITLES = {
 }
 NUM_PROMPTED = 8
 """Pictures of each caption that models are asked for besides."""
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +50,10 @@ class Comparison:
     entries: tuple[ReportEntry, ...]
 
 
-def evaluate_pictures(
-    target: Path,
-    instance_data_dir: str,
-    reference_dir: Path | None = None,
-    num_images: int = 200,
-    seed: int = 0,
-    protocol: Protocol | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Measures a run's samples, or a folder (or .zip) of pictures made by anything.
-
-    Args:
-        target: a finished run, a pipeline folder, or pictures.
-        instance_data_dir: the training pictures, a folder or `bundled:NAME`.
-        reference_dir: held-out pictures; a bundled domain brings its own.
-        num_images: how many to draw from a run; a folder is taken whole.
-    """
-    is_model = (target / "config.toml").is_file() or (target / "model_index.json").is_file()
-    images = draw_pictures(target, num_images, seed, _part(progress, "sampling")) if is_model else read_pictures(target)
-    resolution = images.shape[-1]
-    training = load_domain(instance_data_dir, resolution).images
-    reference = _reference(instance_data_dir, reference_dir, resolution)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
-    return evaluator.evaluate(images, prompts_of(target, num_images) if is_model else ())
-
-
-def compare_runs(
-    runs: Sequence[Path],
+def compare(
+    targets: Sequence[Path],
     output: Path,
+    instance_data_dir: str | None = None,
     reference_dir: Path | None = None,
     num_images: int = 200,
     seed: int = 0,
@@ -88,69 +61,118 @@ def compare_runs(
     progress: Progress | None = None,
     captions: Sequence[str] = (),
 ) -> Comparison:
-    """Puts runs of the same source and training pictures side by side in one report, with its anchors.
+    """Puts runs of one source and set, and pictures made by anything, side by side in one report, with its anchors.
 
     Args:
+        targets: finished runs; folders or .zip files of pictures.
+        instance_data_dir: the training pictures where no run says which they are.
+        num_images: how many to draw from a run; pictures are taken whole.
         captions: of text-to-image models, what each is asked for besides; the runs in their own style.
 
     Raises:
-        UserError: if a run is not finished, or they do not share source and training pictures.
+        UserError: if a run is not finished, runs do not share source and training pictures, or pictures cannot be read.
     """
-    if not runs:
-        raise UserError("compare needs at least one run folder")
+    if not targets:
+        raise UserError("compare needs at least one run, or folder of pictures")
     if output.is_dir():
         raise UserError(f"{output} is a folder; give the report's file name, such as {output / 'report.html'}")
-    folders = [RunFolder(run) for run in runs]
-    recipes = [folder.recipe() for folder in folders]
+    runs = [RunFolder(target) for target in targets if (target / "config.toml").is_file()]
+    recipes = _shared(runs, instance_data_dir)
+    sets = {target: read_pictures(target) for target in targets if RunFolder(target) not in runs}
+    instance_data_dir = recipes[0].instance_data_dir if runs else instance_data_dir
+    if instance_data_dir is None:
+        raise UserError("no run says which the training pictures are: give --instance-data-dir")
+    source = recipe_source(recipes[0]) if runs else None
+    if captions and (source is None or source.condition is None):
+        told = recipes[0].pretrained_model_name_or_path if runs else "a folder of pictures"
+        raise UserError(f"{told} takes no prompts; leave the captions out")
+    resolution = next(iter(sets.values())).shape[-1] if source is None else source.resolution
+    training = load_domain(instance_data_dir, resolution).images
+    reference = reference_pictures(instance_data_dir, reference_dir, resolution)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
+
+    entries = []
+    if source is not None:
+        entries.append(_source_entry(source, recipes[0], evaluator, num_images, seed, progress, captions))
+    titles = dict(zip(runs, _titles(runs, recipes), strict=True))
+    for target in targets:
+        if (run := RunFolder(target)) in titles:
+            entries.append(_run_entry(run, titles[run], evaluator, num_images, seed, progress, captions))
+        else:
+            pictures = read_pictures(target, resolution)
+            note = f"{len(pictures)} pictures, however they were made"
+            entry = _entry(_label(target, targets), note, pictures, evaluator.evaluate(pictures), "result")
+            entries.append(replace(entry, from_noise=False))
+    entries += _anchors(evaluator, training, reference, num_images if runs else len(next(iter(sets.values()))))
+    title, summary = str(instance_data_dir), f"{len(training)} training pictures"
+    if runs:
+        title += f" from {recipes[0].pretrained_model_name_or_path}"
+        summary += f", {num_images} samples of each model from the same noise"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_report(
+        output,
+        title=title,
+        summary=f"{summary}.",
+        training=training,
+        entries=entries,
+        details=_details(runs, recipes, num_images, seed) if runs else {},
+    )
+    return Comparison(output, tuple(entries))
+
+
+def _shared(runs: Sequence[RunFolder], instance_data_dir: str | None) -> list[Recipe]:
+    """The recipes of finished runs that have source and training pictures in common."""
+    recipes = [run.recipe() for run in runs]
     for name in ("pretrained_model_name_or_path", "instance_data_dir"):
         values = {_where(getattr(recipe, name)) for recipe in recipes}
         if len(values) > 1:
             raise UserError(
                 f"the runs do not share {name} ({', '.join(sorted(values))}); compare runs of one source and set"
             )
-    for folder in folders:
-        folder.finished()
-    recipe = recipes[0]
-    source = recipe_source(recipe)
-    if captions and source.condition is None:
-        raise UserError(f"{recipe.pretrained_model_name_or_path} takes no prompts; leave the captions out")
-    training = open_domain(recipe, source).images
-    reference = _reference(recipe.instance_data_dir, reference_dir, source.resolution)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
+    for run in runs:
+        run.finished()
+    if runs and instance_data_dir is not None and _where(instance_data_dir) != _where(recipes[0].instance_data_dir):
+        raise UserError(
+            f"the runs were trained on {recipes[0].instance_data_dir}, not on {instance_data_dir}; leave "
+            "--instance-data-dir out"
+        )
+    return recipes
 
-    pictures = draw_from(
-        source,
-        num_images,
-        seed,
-        recipe.num_inference_steps,
-        _part(progress, "sampling the source"),
-        None if source.condition is None else source_guidance(recipe, num_images),
-    )
-    entry = _entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")
-    entries = [replace(entry, prompted=_prompted(source, recipe, captions, seed, in_style=False))]
-    for folder, run_recipe, title in zip(folders, recipes, _titles(folders, recipes), strict=True):
-        entries.append(_run_entry(folder, run_recipe, title, evaluator, num_images, seed, progress, captions))
+
+def _anchors(evaluator: Evaluator, training: Tensor, reference: Tensor | None, num_images: int) -> list[ReportEntry]:
+    """What is worst and what is best: the training pictures handed back, and real pictures."""
     copies = training.repeat(-(-num_images // len(training)), 1, 1, 1)[:num_images]
     note = "the training pictures themselves, handed back"
-    entries.append(_entry("Copier", note, copies, evaluator.copier(num_images), "copier"))
+    anchors = [_entry("Copier", note, copies, evaluator.copier(num_images), "copier")]
     if reference is not None:
         note = "pictures of the domain that no model has seen"
-        entries.append(_entry("Real held-out pictures", note, reference, evaluator.real(), "real"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_report(
-        output,
-        title=f"{recipe.instance_data_dir} from {recipe.pretrained_model_name_or_path}",
-        summary=f"{len(training)} training pictures, {num_images} samples of each model from the same noise.",
-        training=training,
-        entries=entries,
-        details=_details(folders, recipes, num_images, seed),
-    )
-    return Comparison(output, tuple(entries))
+        anchors.append(_entry("Real held-out pictures", note, reference, evaluator.real(), "real"))
+    return anchors
+
+
+def _label(target: Path, targets: Sequence[Path]) -> str:
+    """A folder's name, or its path where another has the same name."""
+    return target.name if [other.name for other in targets].count(target.name) == 1 else str(target)
+
+
+def _source_entry(
+    source: DiffusionModel,
+    recipe: Recipe,
+    evaluator: Evaluator,
+    num_images: int,
+    seed: int,
+    progress: Progress | None,
+    captions: Sequence[str],
+) -> ReportEntry:
+    guidance = None if source.condition is None else source_guidance(recipe, num_images)
+    told = part(progress, "sampling the source")
+    pictures = draw_from(source, num_images, seed, recipe.num_inference_steps, told, guidance)
+    entry = _entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")
+    return replace(entry, prompted=_prompted(source, recipe, captions, seed, in_style=False))
 
 
 def _run_entry(
     folder: RunFolder,
-    recipe: Recipe,
     title: str,
     evaluator: Evaluator,
     num_images: int,
@@ -158,13 +180,13 @@ def _run_entry(
     progress: Progress | None,
     captions: Sequence[str],
 ) -> ReportEntry:
-    model = open_result(folder, default_device())
+    recipe, model = folder.recipe(), open_result(folder, default_device())
     pictures = draw_from(
         model,
         num_images,
         seed,
         recipe.num_inference_steps,
-        _part(progress, f"sampling {title}"),
+        part(progress, f"sampling {title}"),
         None if model.condition is None else validation_guidance(recipe, num_images),
     )
     steps = f"{recipe.max_train_steps} steps"
@@ -209,12 +231,6 @@ def _entry(title: str, note: str, images: Tensor, evaluation: Evaluation, kind) 
     )
 
 
-def _reference(instance_data_dir: str, reference_dir: Path | None, resolution: int) -> Tensor | None:
-    if reference_dir is not None:
-        return read_pictures(reference_dir, resolution)
-    return heldout_pictures(instance_data_dir, resolution)
-
-
 def _where(name_or_path: str) -> str:
     """One spelling of a folder; hub names and bundled ones as they are."""
     path = Path(name_or_path).expanduser()
@@ -249,7 +265,3 @@ def _details(folders: Sequence[RunFolder], recipes: Sequence[Recipe], num_images
         )
     rows["Reproduce"] = " ; ".join(f"domainstudio train {folder.config} --output-dir NEW" for folder in folders)
     return rows
-
-
-def _part(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from domainstudio.app.compare import METHOD_TITLES, Comparison, Progress, compare_runs
+from domainstudio.app.compare import METHOD_TITLES, Comparison, compare
 from domainstudio.app.folder import RunFolder
+from domainstudio.app.measure import Progress
 from domainstudio.app.recipe import Recipe, build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.errors import UserError
@@ -84,9 +85,7 @@ def run_demo(
             resume = "latest" if run.is_dir() and any(run.iterdir()) else None
             train_run(recipe, resume, observers(recipe), _drawing(progress), log)
         runs.append(run)
-    return compare_runs(
-        runs, output_dir / "report.html", num_images=num_images, progress=progress, captions=shown.captions
-    )
+    return compare(runs, output_dir / "report.html", num_images=num_images, progress=progress, captions=shown.captions)
 
 
 def _drawing(progress: Progress | None) -> Callable[[int, int], None] | None:

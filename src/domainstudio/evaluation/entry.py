@@ -23,6 +23,7 @@ class ReportEntry:
         metrics: `kid` (times 1,000), `fid`, `intra_lpips`, `copy_rate` (0 to 1), `nearest_lpips`, `copy_threshold`,
             `num_images`: a number or None; `reasons`: metric -> why it is None; `<metric>_protocol`: how it was found;
             `notes`: sentences for the small print.
+        from_noise: whether the first images share their noise with those of other entries.
         nearest: for each image, the index of its nearest training picture; may be empty.
         distances: for each image, the LPIPS distance to that picture; may be empty.
         losses: one mapping a logged step: `step`, `loss` and the named terms.
@@ -36,6 +37,7 @@ class ReportEntry:
     images: Tensor
     metrics: dict[str, Any]
     kind: Literal["result", "source", "copier", "real"] = "result"
+    from_noise: bool = True
     nearest: tuple[int, ...] = ()
     distances: tuple[float, ...] = ()
     losses: tuple[dict[str, float], ...] = ()
