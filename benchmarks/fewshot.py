@@ -99,6 +99,7 @@ def measure_run(
                 "max_train_steps": steps,
                 "seed": seed,
                 "mixed_precision": args.mixed_precision,
+                "watch": False,
                 "validation_steps": 10**6,
                 "checkpointing_steps": 10**6,
                 "num_validation_images": 1,

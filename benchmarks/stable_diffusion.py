@@ -100,6 +100,7 @@ def measure(args: argparse.Namespace) -> dict:
                 "pair_batch_size": max(3, args.batch_size),
                 "num_class_images": max(3, args.batch_size),
                 "max_train_steps": args.steps,
+                "watch": False,
                 "validation_steps": args.steps,
                 "num_validation_images": 1,
                 "num_inference_steps": 1,

@@ -146,6 +146,7 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
                 "max_train_steps": steps,
                 "seed": seed,
                 "guidance_scale": GUIDANCE,
+                "watch": False,
                 "validation_steps": 10**6,
                 "checkpointing_steps": 10**6,
                 "num_validation_images": 1,
