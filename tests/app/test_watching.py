@@ -58,6 +58,8 @@ def test_the_end_says_what_happened(tmp_path, pipelines, pictures):
     given = {"pretrained_model_name_or_path": pipelines("pixel_dropout"), "instance_data_dir": pictures}
     result = succeeds("train", *flags(**given, **{**FAST, **WATCHED}, output_dir=tmp_path / "run"))
     assert watch.tell(read_readings(RunFolder(tmp_path / "run"))) in result.err
+    best = RunFolder(tmp_path / "run").best
+    assert f"best:   {best.path} (step {best.chosen_step()})" in result.out
 
 
 @pytest.mark.parametrize("step", [1, 3])

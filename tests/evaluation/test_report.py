@@ -234,6 +234,7 @@ class TestWatched:
         for title in ("closeness (1 is right)", "diversity (1 is right)", "style distance", "drift"):
             assert f'aria-label="{title} from' in shown
         assert 'aria-label="loss from' in shown
+        assert shown.count('class="mark"') == 4  # the best step, in the curves of the watch alone
 
     def test_an_unwatched_run_says_nothing_of_it(self, page):
         assert "closeness" not in page(entry("A", losses=({"step": 1, "loss": 0.5},)))

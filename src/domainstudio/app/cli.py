@@ -224,6 +224,8 @@ def _train(args: argparse.Namespace) -> None:
         drawing = console.part("drawing source samples")
         folder = train_run(recipe, args.resume_from_checkpoint, (console.observe(recipe),), drawing, console.log)
     print(f"result: {folder.finished().resolve()}")
+    if (best := folder.best.chosen_step()) is not None:
+        print(f"best:   {folder.best.path.resolve()} (step {best})")
     print(f"report: domainstudio compare {folder.path} --output {folder.report}")
 
 

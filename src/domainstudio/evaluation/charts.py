@@ -12,10 +12,13 @@ MAX_POINTS = 240
 LOG_RATIO = 20  # a smooth curve that spans more than this is drawn on a log scale
 
 
-def line_charts(rows: Sequence[dict[str, float]]) -> str:
-    """One small chart a quantity: the total first, then the named terms, in the order of their first appearance."""
+def line_charts(rows: Sequence[dict[str, float]], mark: int | None = None) -> str:
+    """One small chart a quantity: the total loss first, then the others, in the order of their first appearance.
+
+    A vertical line is drawn at the step `mark`.
+    """
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
-    return "".join(_chart(name, *_series(rows, name)) for name in sorted(names, key=lambda name: name != "loss"))
+    return "".join(_chart(name, *_series(rows, name), mark) for name in sorted(names, key=lambda name: name != "loss"))
 
 
 def _series(losses: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +29,7 @@ def _series(losses: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, 
     return steps, values
 
 
-def _chart(name: str, steps: np.ndarray, values: np.ndarray) -> str:
+def _chart(name: str, steps: np.ndarray, values: np.ndarray, mark: int | None) -> str:
     if not len(steps):
         return ""
     smooth = _smooth(values)
@@ -52,7 +55,8 @@ def _chart(name: str, steps: np.ndarray, values: np.ndarray) -> str:
         + "".join(_x_tick(float(x(step)), step) for step in _round_ticks(x_low, x_high, 4))
         + f'<path class="grid" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}">training step</text>'
-        f'<path class="raw" d="M{raw.replace(" ", "L")}"/><polyline class="line" points="{line}"/></svg></figure>'
+        + ("" if mark is None else f'<path class="mark" d="M{x(mark):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        + f'<path class="raw" d="M{raw.replace(" ", "L")}"/><polyline class="line" points="{line}"/></svg></figure>'
     )
 
 

@@ -11,7 +11,7 @@ from domainstudio.evaluation.charts import line_charts
 from domainstudio.evaluation.entry import ReportEntry, diversity_gap, find_real, is_copying, percent, plain
 from domainstudio.evaluation.gallery import filmstrip, nearest_gallery, noise_gallery, prompt_gallery, training_gallery
 from domainstudio.evaluation.verdict import judge
-from domainstudio.evaluation.watch import tell
+from domainstudio.evaluation.watch import choose, tell
 
 __all__ = ["ReportEntry", "write_report"]
 
@@ -203,6 +203,8 @@ def _training_section(entries: Sequence[ReportEntry]) -> str:
         "The bold line is a moving average, the faint one what was logged; each chart has its own scale. A falling "
         "loss is no proof of a good model: memorising lowers it too."
     )
+    if any(entry.readings for entry in entries):
+        lead += " The dashed line is the checkpoint that the watch chose."
     return _section("Over training", lead, "".join(parts)) if parts else ""
 
 
@@ -210,7 +212,8 @@ def _training(entry: ReportEntry) -> str:
     charts, film = line_charts(entry.losses), filmstrip(entry)
     watched = ""
     if entry.readings:
-        curves = line_charts([reading.curves() for reading in entry.readings])
+        best = choose(entry.readings)
+        curves = line_charts([reading.curves() for reading in entry.readings], best.step if best else None)
         watched = f'<p><strong>{escape(tell(entry.readings))}</strong></p><div class="charts">{curves}</div>'
     return (
         f"<h3>{escape(entry.title)}</h3>{watched}"
