@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from fewshot import SAMPLING_STEPS, Row, read_rows, write_row, write_tables
+from fewshot import COPY_ALLOWANCE, SAMPLING_STEPS, Row, read_rows, write_row, write_tables
 from torch import Tensor
 
 from domainstudio.app.materials import open_source
@@ -130,29 +130,33 @@ def tables(results: list[Row]) -> str:
     """Markdown: per run the steps chosen and their KID, and the planted sets."""
     lines = [
         "\n| domain | method | seed | best, held-out: step, KID, Intra | chosen by the watch | KID over best | "
-        "rank correlation |",
-        "|---|---|---|---|---|---|---|",
+        "over lowest honest | rank correlation |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     anchors = {(row["domain"], row["name"]): row for row in results if row["name"] in ("real", "source")}
     runs: dict[tuple, list[Row]] = defaultdict(list)
     for row in results:
         if row["name"] in METHODS:
             runs[row["domain"], row["name"], row["seed"]].append(row)
-    ratios, correlations = [], []
+    ratios, honest_ratios, correlations = [], [], []
     for (domain, method, seed), rows in sorted(runs.items()):
         scores = [wanted(row, anchors[domain, "real"], anchors[domain, "source"]) for row in rows]
         best = rows[scores.index(min(scores))]
         reading = choose([Reading.from_json(row) for row in rows])
         chosen = next(row for row in rows if reading is not None and row["step"] == reading.step)
         ratios.append(chosen["kid"] / best["kid"])
+        limit = anchors[domain, "real"]["copy_rate"] + COPY_ALLOWANCE
+        honest_ratios.append(chosen["kid"] / min(row["kid"] for row in rows if row["copy_rate"] <= limit))
         correlations.append(rank_correlation(scores, [Reading.from_json(row).score for row in rows]))
         shown = [f"{row['step']}, {row['kid']:.0f}, {row['intra_lpips']:.3f}" for row in (best, chosen)]
         lines.append(
-            f"| {domain} | {method} | {seed} | {shown[0]} | {shown[1]} | {ratios[-1]:.2f} | {correlations[-1]:.2f} |"
+            f"| {domain} | {method} | {seed} | {shown[0]} | {shown[1]} | {ratios[-1]:.2f} | {honest_ratios[-1]:.2f} | "
+            f"{correlations[-1]:.2f} |"
         )
     lines += [
         f"\nOver {len(ratios)} runs, the chosen checkpoint's KID is {statistics.fmean(ratios):.3f} of the best one's "
-        f"(at worst {max(ratios):.2f}); rank correlation {statistics.fmean(correlations):.2f}.",
+        f"(at worst {max(ratios):.2f}), and {statistics.fmean(honest_ratios):.3f} of the lowest KID of a checkpoint with at "
+        f"most {COPY_ALLOWANCE:.0%} more copies than real pictures (at worst {max(honest_ratios):.2f}); rank correlation {statistics.fmean(correlations):.2f}.",
         "\n| planted | domain | trials | called copiers | closeness |",
         "|---|---|---|---|---|",
     ]
