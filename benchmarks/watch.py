@@ -154,9 +154,10 @@ def tables(results: list[Row]) -> str:
             f"{correlations[-1]:.2f} |"
         )
     lines += [
-        f"\nOver {len(ratios)} runs, the chosen checkpoint's KID is {statistics.fmean(ratios):.3f} of the best one's "
-        f"(at worst {max(ratios):.2f}), and {statistics.fmean(honest_ratios):.3f} of the lowest KID of a checkpoint with at "
-        f"most {COPY_ALLOWANCE:.0%} more copies than real pictures (at worst {max(honest_ratios):.2f}); rank correlation {statistics.fmean(correlations):.2f}.",
+        f"\nOver {len(ratios)} runs the chosen checkpoint's KID is {statistics.fmean(ratios):.3f} of the best one's (at "
+        f"worst {max(ratios):.2f}), and {statistics.fmean(honest_ratios):.3f} of the lowest KID of a checkpoint with at "
+        f"most {COPY_ALLOWANCE:.0%} more copies than real pictures (at worst {max(honest_ratios):.2f}). Rank correlation: "
+        f"{statistics.fmean(correlations):.2f}.",
         "\n| planted | domain | trials | called copiers | closeness |",
         "|---|---|---|---|---|",
     ]
