@@ -153,11 +153,11 @@ def tables(results: list[Row]) -> str:
             f"| {domain} | {method} | {seed} | {shown[0]} | {shown[1]} | {ratios[-1]:.2f} | {honest_ratios[-1]:.2f} | "
             f"{correlations[-1]:.2f} |"
         )
+    means = [f"{statistics.fmean(values):.3f} (at worst {max(values):.2f})" for values in (ratios, honest_ratios)]
     lines += [
-        f"\nOver {len(ratios)} runs the chosen checkpoint's KID is {statistics.fmean(ratios):.3f} of the best one's (at "
-        f"worst {max(ratios):.2f}), and {statistics.fmean(honest_ratios):.3f} of the lowest KID of a checkpoint with at "
-        f"most {COPY_ALLOWANCE:.0%} more copies than real pictures (at worst {max(honest_ratios):.2f}). Rank correlation: "
-        f"{statistics.fmean(correlations):.2f}.",
+        f"\nOver {len(ratios)} runs the chosen checkpoint's KID is {means[0]} of the best one's, and {means[1]} of the "
+        f"lowest KID of any checkpoint with at most {COPY_ALLOWANCE:.0%} more copies than real pictures. "
+        f"Rank correlation: {statistics.fmean(correlations):.2f}.",
         "\n| planted | domain | trials | called copiers | closeness |",
         "|---|---|---|---|---|",
     ]
