@@ -17,6 +17,7 @@ from domainstudio.evaluation.features import Networks
 from domainstudio.evaluation.metrics import mean_off_diagonal, pairwise_lpips
 
 MAX_PX = 128
+LEAST_STYLE = 0.1
 PATIENCE = 3
 """Readings without a better one after which a run is overfitting, if its pictures are also too close."""
 COLLAPSED = 0.6
@@ -36,7 +37,8 @@ class Reading:
     the other nine; towards 0 they are copies; far above 1 they are not of the domain.
     `diversity`: mean LPIPS distance between two of them, over that between two training pictures. 1 is right.
     `style_distance`: energy distance between them and the training pictures, over that of the source: 1 before
-    training, 0 when no difference is left.
+    training, 0 when no difference is left. Where the source is so near that few pictures cannot tell, over a tenth of
+    the mean distance between training pictures.
     `drift`: mean LPIPS distance to what the source drew of the same noise.
     `crowded`: the training pictures, counted from 1, that more than their share of the pictures are nearest to.
     """
@@ -102,7 +104,8 @@ class Watch:
         either = torch.minimum(self._among_training, pairwise_lpips(plain, mirrored))
         self._apart = float(either.fill_diagonal_(float("inf")).min(1).values.mean())
         self._source = self._networks.embeddings(source)
-        self._to_come = self._style_distance(self._source)
+        least = LEAST_STYLE * mean_off_diagonal(self._among_training.sqrt())
+        self._to_come = max(self._style_distance(self._source), least)
 
     @torch.inference_mode()
     def read(self, step: int, images: Tensor) -> Reading:
@@ -115,7 +118,7 @@ class Watch:
             step,
             closeness=float(distances.mean()) / self._apart,
             diversity=mean_off_diagonal(pairwise_lpips(seen, seen)) / mean_off_diagonal(self._among_training),
-            style_distance=self._style_distance(seen) / self._to_come,
+            style_distance=max(0.0, self._style_distance(seen)) / self._to_come,  # a copier's is below 0
             drift=metrics.drift(seen, self._source),
             crowded=tuple(int(index) + 1 for index in (share > CROWDED).nonzero()),
         )
