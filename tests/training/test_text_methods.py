@@ -371,14 +371,15 @@ def test_snr_gamma_weights_the_denoising_error_alone(text_models, name, method):
     assert all(parts[other] == plain[other] for other in parts)
 
 
-def test_two_weights_of_noise_levels_are_refused(text_models):
+def test_two_weights_of_noise_levels_are_refused(text_models, models):
     model = text_models()
     told = r"snr_gamma=5 and high_noise_weight=0\.\d both weight noise levels; give one of them"
     with pytest.raises(UserError, match=told):
         build_objective("domainstudio", model, snr_gamma=5.0, high_noise_weight=0.5)
     with pytest.raises(UserError, match=told):
-        build_objective("studio", model, snr_gamma=5.0)
-    build_objective("studio", model, snr_gamma=5.0, high_noise_weight=1.0)
+        build_objective("studio", models("pixel_epsilon"), snr_gamma=5.0)
+    build_objective("studio", models("pixel_epsilon"), snr_gamma=5.0, high_noise_weight=1.0)
+    build_objective("studio", model, snr_gamma=5.0)  # 1 is the default of text models
 
 
 def test_noise_offset_adds_one_constant_to_each_channel(text_models):
