@@ -1,6 +1,8 @@
 """A second look comes from the disk, a changed picture does not, and a broken cache changes nothing."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,9 +92,17 @@ def test_the_longest_unused_is_dropped(tmp_path):
     assert [compute.calls for compute in kept.values()] == [0, 0, 1]
 
 
+def homeless() -> Path:
+    raise RuntimeError("no home")
+
+
 def test_a_folder_is_named_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAINSTUDIO_CACHE", str(tmp_path / "mine"))
     assert FeatureCache().folder == tmp_path / "mine"
+    monkeypatch.delenv("DOMAINSTUDIO_CACHE")
+    assert FeatureCache().folder == Path.home() / ".cache/domainstudio"
+    monkeypatch.setattr(Path, "home", homeless)
+    assert FeatureCache().folder == Path(tempfile.gettempdir()) / "domainstudio"
 
 
 @pytest.mark.usefixtures("stubs")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +31,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES):
         """By default in the folder that `DOMAINSTUDIO_CACHE` names, or `~/.cache/domainstudio`."""
-        self.folder = folder or Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache/domainstudio")
-        self.max_bytes = max_bytes
+        self.folder, self.max_bytes = folder or _default_folder(), max_bytes
 
     def get(self, what: str, of: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, on the CPU. `what` says which computation; `of` digests all that it depends on."""
@@ -59,3 +59,12 @@ class FeatureCache:
             total += file.stat().st_size
             if total > self.max_bytes:
                 file.unlink(missing_ok=True)
+
+
+def _default_folder() -> Path:
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache/domainstudio"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "domainstudio"
