@@ -26,7 +26,8 @@ from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
-from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluation, Evaluator
+from domainstudio.evaluation.protocol import Protocol
 from domainstudio.models.sample import decode, sample
 from domainstudio.training.train import StepEvent
 

@@ -38,9 +38,10 @@ from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import heldout_pictures, load_domain
-from domainstudio.evaluation.evaluate import Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluator
 from domainstudio.evaluation.features import embed, load_lpips
 from domainstudio.evaluation.metrics import drift
+from domainstudio.evaluation.protocol import Protocol
 from domainstudio.models.sample import TextGuidance, decode, sample
 from domainstudio.training.train import StepEvent
 

@@ -21,7 +21,8 @@ from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
-from domainstudio.evaluation.evaluate import Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluator
+from domainstudio.evaluation.protocol import Protocol
 from domainstudio.evaluation.watch import COLLAPSED, Reading, Watch, choose
 from domainstudio.models.sample import decode, sample
 from domainstudio.training.train import StepEvent

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from domainstudio.evaluation import features
 from domainstudio.evaluation.cache import FeatureCache, digest
-from domainstudio.evaluation.evaluate import Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluator
+from domainstudio.evaluation.protocol import Protocol
 
 
 def noise(num: int) -> Tensor:

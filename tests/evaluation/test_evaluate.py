@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, features, metrics
-from domainstudio.evaluation.evaluate import NO_REFERENCE, Evaluation, Evaluator, Protocol
+from domainstudio.evaluation.evaluate import NO_REFERENCE, Evaluation, Evaluator
+from domainstudio.evaluation.protocol import Protocol
 
 
 def pictures(num: int, seed: int) -> Tensor:

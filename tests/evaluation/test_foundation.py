@@ -18,7 +18,8 @@ from transformers import (
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import foundation, metrics
-from domainstudio.evaluation.evaluate import Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluator
+from domainstudio.evaluation.protocol import Protocol
 
 TEXTS = ["a red hat", "a dog", "a"]
 

@@ -169,8 +169,8 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _protocol(args: argparse.Namespace):
-    from domainstudio.evaluation.evaluate import Protocol
     from domainstudio.evaluation.foundation import CLIP, DINO
+    from domainstudio.evaluation.protocol import Protocol
 
     return Protocol(
         lpips=args.lpips,

@@ -24,7 +24,8 @@ from domainstudio.data.domain import load_domain, read_pictures
 from domainstudio.errors import UserError
 from domainstudio.evaluation.cache import FeatureCache
 from domainstudio.evaluation.entry import ReportEntry
-from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluation, Evaluator
+from domainstudio.evaluation.protocol import Protocol
 from domainstudio.evaluation.report import write_report
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import TextGuidance

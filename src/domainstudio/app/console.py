@@ -11,7 +11,7 @@ from rich.table import Table
 
 from domainstudio.app.recipe import Recipe
 from domainstudio.evaluation.entry import ReportEntry
-from domainstudio.evaluation.features import UNASKED
+from domainstudio.evaluation.pictures import UNASKED
 from domainstudio.training.train import Observer, StepEvent
 
 

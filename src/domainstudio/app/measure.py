@@ -8,7 +8,8 @@ from torch import Tensor
 from domainstudio.app.draw import draw_pictures, prompts_of
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
 from domainstudio.evaluation.cache import FeatureCache
-from domainstudio.evaluation.evaluate import Evaluation, Evaluator, Protocol
+from domainstudio.evaluation.evaluate import Evaluation, Evaluator
+from domainstudio.evaluation.protocol import Protocol
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many are done, and of how many."""

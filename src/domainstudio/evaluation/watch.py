@@ -13,8 +13,8 @@ from torch import Tensor
 
 from domainstudio.errors import UserError
 from domainstudio.evaluation import metrics
-from domainstudio.evaluation.features import Networks
 from domainstudio.evaluation.metrics import mean_off_diagonal, pairwise_lpips
+from domainstudio.evaluation.pictures import Networks
 
 MAX_PX = 128
 LEAST_STYLE = 0.1
