@@ -178,7 +178,7 @@ class TestMistakes:
             ({"negative_prompt": "a " * 30}, ("has 32 tokens; the model reads 16",)),
             ({"subject_prompt": "a dog"}, ("subject_data_dir and subject_prompt go together",)),
             ({"erase_steps": 4}, ("erase_steps=4 leaves none of max_train_steps=4",)),
-            ({"snr_gamma": 5}, ("snr_gamma=5 and high_noise_weight=0.1",)),
+            ({"snr_gamma": 5, "high_noise_weight": 0.5}, ("snr_gamma=5 and high_noise_weight=0.5",)),
             ({"method": "domainstudio_released"}, ("for unconditional models",)),
             ({"method": "dreambooth", "space": "crop"}, ("dreambooth has no space",)),
             ({"optimizer": "adamw8bit"}, ("domainstudio[optimizers]",)),
