@@ -53,7 +53,8 @@ from domains import STYLE  # noqa: E402
 
 RESULTS = ROOT / "docs/benchmarks/text_fewshot.jsonl"
 SOURCE = "bundled:avatars-text"
-INSTANCE_PROMPT, CLASS_PROMPT = "{caption}, z", "a portrait of a person"
+INSTANCE_PROMPT, CLASS_PROMPT = "{caption}, pyramid", "a portrait of a person"
+"""`pyramid` is to this source what a rare token is elsewhere: known, and of another meaning (a robot's top)."""
 GUIDANCE = 2.0
 SAMPLING_SEED, SAMPLING_STEPS = 77, 25
 MEASURES = (*NUMBERS[:5], "agreement", "drift", "class_drift")
