@@ -92,13 +92,14 @@ def compare(
     reference = reference_pictures(instance_data_dir, reference_dir, resolution)
     evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
 
+    by = _Measuring(evaluator, num_images, seed, progress, captions)
     entries = []
     if source is not None:
-        entries.append(_source_entry(source, recipes[0], evaluator, num_images, seed, progress, captions))
+        entries.append(_source_entry(source, recipes[0], by))
     titles = dict(zip(runs, _titles(runs, recipes), strict=True))
     for target in targets:
         if (run := RunFolder(target)) in titles:
-            entries.append(_run_entry(run, titles[run], evaluator, num_images, seed, progress, captions))
+            entries.append(_run_entry(run, titles[run], by))
         else:
             pictures = read_pictures(target, resolution)
             note = f"{len(pictures)} pictures, however they were made"
@@ -156,45 +157,40 @@ def _label(target: Path, targets: Sequence[Path]) -> str:
     return target.name if [other.name for other in targets].count(target.name) == 1 else str(target)
 
 
-def _source_entry(
-    source: DiffusionModel,
-    recipe: Recipe,
-    evaluator: Evaluator,
-    num_images: int,
-    seed: int,
-    progress: Progress | None,
-    captions: Sequence[str],
-) -> ReportEntry:
-    guidance = None if source.condition is None else source_guidance(recipe, num_images)
-    told = part(progress, "sampling the source")
-    pictures = draw_from(source, num_images, seed, recipe.num_inference_steps, told, guidance)
-    entry = _entry("Un-adapted source", "what we started from", pictures, evaluator.evaluate(pictures), "source")
-    return replace(entry, prompted=_prompted(source, recipe, captions, seed, in_style=False))
+@dataclass(frozen=True)
+class _Measuring:
+    """How every model of a comparison is drawn from and measured."""
+
+    evaluator: Evaluator
+    num_images: int
+    seed: int
+    progress: Progress | None
+    captions: Sequence[str]
 
 
-def _run_entry(
-    folder: RunFolder,
-    title: str,
-    evaluator: Evaluator,
-    num_images: int,
-    seed: int,
-    progress: Progress | None,
-    captions: Sequence[str],
-) -> ReportEntry:
+def _source_entry(source: DiffusionModel, recipe: Recipe, by: _Measuring) -> ReportEntry:
+    guidance = None if source.condition is None else source_guidance(recipe, by.num_images)
+    told = part(by.progress, "sampling the source")
+    pictures = draw_from(source, by.num_images, by.seed, recipe.num_inference_steps, told, guidance)
+    entry = _entry("Un-adapted source", "what we started from", pictures, by.evaluator.evaluate(pictures), "source")
+    return replace(entry, prompted=_prompted(source, recipe, by.captions, by.seed, in_style=False))
+
+
+def _run_entry(folder: RunFolder, title: str, by: _Measuring) -> ReportEntry:
     recipe, model = folder.recipe(), open_result(folder, default_device())
     pictures = draw_from(
         model,
-        num_images,
-        seed,
+        by.num_images,
+        by.seed,
         recipe.num_inference_steps,
-        part(progress, f"sampling {title}"),
-        None if model.condition is None else validation_guidance(recipe, num_images),
+        part(by.progress, f"sampling {title}"),
+        None if model.condition is None else validation_guidance(recipe, by.num_images),
     )
     steps = f"{recipe.max_train_steps} steps"
     if (chosen := folder.chosen_step()) is not None:
         steps = f"step {chosen} of {recipe.max_train_steps}, chosen by the watch"
     note = f"{METHOD_TITLES[recipe.method][1]}; {recipe.adapter}, {steps}"
-    evaluation = evaluator.evaluate(pictures, prompts_of(folder.path, num_images))
+    evaluation = by.evaluator.evaluate(pictures, prompts_of(folder.path, by.num_images))
     entry = _entry(title, note, pictures, evaluation, "result")
     log, sheets = read_metrics(folder.metrics), sorted(folder.samples.glob("step_*"))
     previews = [(int(sheet.name.removeprefix("step_")), read_pictures(sheet)) for sheet in sheets]
@@ -203,7 +199,7 @@ def _run_entry(
         losses=tuple(record for record in log if "watch" not in record),
         readings=tuple(read_readings(folder)),
         previews=tuple(previews),
-        prompted=_prompted(model, recipe, captions, seed, in_style=True),
+        prompted=_prompted(model, recipe, by.captions, by.seed, in_style=True),
     )
 
 
