@@ -40,6 +40,9 @@ COPY_ALLOWANCE = 0.02
 GAP_SHARE = 0.8
 """A method's distance from the real pictures' Intra-LPIPS is to be at most this share of plain fine-tuning's."""
 
+UNWATCHED = {"watch": False, "validation_steps": 10**6, "checkpointing_steps": 10**6, "num_validation_images": 1}
+"""Of runs that a benchmark looks at by itself."""
+
 Row = dict[str, Any]
 
 
@@ -100,10 +103,7 @@ def measure_run(
                 "max_train_steps": steps,
                 "seed": seed,
                 "mixed_precision": args.mixed_precision,
-                "watch": False,
-                "validation_steps": 10**6,
-                "checkpointing_steps": 10**6,
-                "num_validation_images": 1,
+                **UNWATCHED,
                 **settings,
             },
         )

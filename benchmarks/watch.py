@@ -14,15 +14,24 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from fewshot import COPY_ALLOWANCE, SAMPLING_STEPS, Row, read_rows, write_row, write_tables
+from fewshot import (
+    COPY_ALLOWANCE,
+    SAMPLING_SEED,
+    SAMPLING_STEPS,
+    UNWATCHED,
+    Row,
+    evaluator_of,
+    measure_anchor,
+    read_rows,
+    write_row,
+    write_tables,
+)
 from torch import Tensor
 
 from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
-from domainstudio.evaluation.evaluate import Evaluator
-from domainstudio.evaluation.protocol import Protocol
 from domainstudio.evaluation.watch import COLLAPSED, Reading, Watch, choose
 from domainstudio.models.sample import decode, sample
 from domainstudio.training.train import StepEvent
@@ -33,14 +42,14 @@ SOURCE = "bundled:avatars"
 DOMAINS = ("ink", "sunglasses", "watercolour", "grey", "smiles")
 METHODS = ("finetune", "studio")
 STEPS = (50, 100, 150, 200, 300, 400)
-HELDOUT_SEED, WATCH_SEED = 77, 12_345
+WATCH_SEED = 12_345
 NUM_TRIALS = 100
 
 
 def measure_run(domain: str, method: str, seed: int, args: argparse.Namespace) -> None:
     """One run, looked at at every step of STEPS; its rows are written at its end, so that a part of a run is none."""
     training, model = load_domain(f"bundled:{domain}", 64).images, open_source(SOURCE)
-    evaluator = Evaluator(training, heldout_pictures(f"bundled:{domain}", 64), Protocol())
+    evaluator = evaluator_of(domain)
 
     def draw(network, num: int, noise: int) -> Tensor:
         return decode(model, sample(model, network, num, noise, SAMPLING_STEPS))
@@ -51,7 +60,7 @@ def measure_run(domain: str, method: str, seed: int, args: argparse.Namespace) -
     def look(event: StepEvent) -> None:
         if event.step in STEPS:
             with event.averaged() as network:
-                pictures = draw(network, args.num_images, HELDOUT_SEED)
+                pictures = draw(network, args.num_images, SAMPLING_SEED)
                 reading = watch.read(event.step, draw(network, args.num_watched, WATCH_SEED))
             found = evaluator.evaluate(pictures).to_json()
             rows.append({name: found[name] for name in ("kid", "intra_lpips", "copy_rate")} | reading.to_json())
@@ -63,27 +72,12 @@ def measure_run(domain: str, method: str, seed: int, args: argparse.Namespace) -
             "method": method,
             "max_train_steps": max(STEPS),
             "seed": seed,
-            "watch": False,
-            "validation_steps": 10**6,
-            "checkpointing_steps": 10**6,
-            "num_validation_images": 1,
+            **UNWATCHED,
         }
         train_run(build_recipe(None, settings), observers=(look,))
     numbers = {"num_images": args.num_images, "num_watched": args.num_watched}
     for row in rows:
         write_row(args.results, {"domain": domain, "name": method, "seed": seed, "step": row["step"]}, row | numbers)
-
-
-def measure_anchors(domain: str, args: argparse.Namespace) -> None:
-    """The real pictures and the source, by held-out pictures."""
-    evaluator = Evaluator(
-        load_domain(f"bundled:{domain}", 64).images, heldout_pictures(f"bundled:{domain}", 64), Protocol()
-    )
-    model = open_source(SOURCE)
-    source = decode(model, sample(model, model.network, args.num_images, HELDOUT_SEED, SAMPLING_STEPS))
-    for name, found in (("real", evaluator.real()), ("source", evaluator.evaluate(source))):
-        row = {key: getattr(found, key) for key in ("kid", "intra_lpips", "copy_rate")}
-        write_row(args.results, {"domain": domain, "name": name, "seed": 0, "step": 0}, row)
 
 
 def trials(args: argparse.Namespace) -> None:
@@ -143,12 +137,14 @@ def tables(results: list[Row]) -> str:
     for (domain, method, seed), rows in sorted(runs.items()):
         scores = [wanted(row, anchors[domain, "real"], anchors[domain, "source"]) for row in rows]
         best = rows[scores.index(min(scores))]
-        reading = choose([Reading.from_json(row) for row in rows])
-        chosen = next(row for row in rows if reading is not None and row["step"] == reading.step)
+        readings = [Reading.from_json(row) for row in rows]
+        reading = choose(readings)
+        assert reading is not None
+        chosen = rows[readings.index(reading)]
         ratios.append(chosen["kid"] / best["kid"])
         limit = anchors[domain, "real"]["copy_rate"] + COPY_ALLOWANCE
         honest_ratios.append(chosen["kid"] / min(row["kid"] for row in rows if row["copy_rate"] <= limit))
-        correlations.append(rank_correlation(scores, [Reading.from_json(row).score for row in rows]))
+        correlations.append(rank_correlation(scores, [reading.score for reading in readings]))
         shown = [f"{row['step']}, {row['kid']:.0f}, {row['intra_lpips']:.3f}" for row in (best, chosen)]
         lines.append(
             f"| {domain} | {method} | {seed} | {shown[0]} | {shown[1]} | {ratios[-1]:.2f} | {honest_ratios[-1]:.2f} | "
@@ -193,7 +189,8 @@ def main() -> None:
             for domain in args.domains:
                 done = {(row["domain"], row["name"], row["seed"]) for row in read_rows(args.results)}
                 if (domain, "real", 0) not in done:
-                    measure_anchors(domain, args)
+                    measure_anchor(domain, "real", args)
+                    measure_anchor(domain, "source", args)
                 if (domain, method, seed) not in done:
                     measure_run(domain, method, seed, args)
 

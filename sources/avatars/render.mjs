@@ -26,6 +26,9 @@ const AVATAR = {
 const SUNGLASSES = { ...AVATAR, accessories: ['sunglasses', 'wayfarers'], accessoriesProbability: 100, accessoriesColor: ['262e33', '3c4f5c', '25557c'] };
 const PLAIN = { backgroundColor: PASTELS };
 
+const filtered = (svg, id, filter) =>
+  svg.replace(/(<svg[^>]*>)([\s\S]*)<\/svg>/, `$1${filter}<g filter="url(#${id})">$2</g></svg>`);
+
 // Wet edges wander (displacement), the colour pools and thins (soft noise times the colour), the paper is cream.
 const watercolour = (svg, index) => {
   const filter = `<filter id="w" x="-10%" y="-10%" width="120%" height="120%" color-interpolation-filters="sRGB">
@@ -41,14 +44,14 @@ const watercolour = (svg, index) => {
     <feComposite in="paint" in2="wash" operator="arithmetic" k1="0.9" k2="0" k3="0.1" k4="0" result="washed"/>
     <feComposite in="washed" in2="paper" operator="over"/>
   </filter>`;
-  return svg.replace(/(<svg[^>]*>)([\s\S]*)<\/svg>/, `$1${filter}<g filter="url(#w)">$2</g></svg>`);
+  return filtered(svg, 'w', filter);
 };
 
 // No colours: every one becomes the grey of its brightness.
 const grey = (svg) => {
   const row = '0.30 0.59 0.11 0 0';
   const filter = `<filter id="g" color-interpolation-filters="sRGB"><feColorMatrix values="${row} ${row} ${row} 0 0 0 1 0"/></filter>`;
-  return svg.replace(/(<svg[^>]*>)([\s\S]*)<\/svg>/, `$1${filter}<g filter="url(#g)">$2</g></svg>`);
+  return filtered(svg, 'g', filter);
 };
 
 const SETS = {

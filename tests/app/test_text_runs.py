@@ -17,7 +17,7 @@ from domainstudio.app import materials
 from domainstudio.app.compare import NUM_PROMPTED
 from domainstudio.app.draw import draw_from, open_result, prompts_of
 from domainstudio.app.folder import RunFolder
-from domainstudio.app.materials import TrainingPictures, open_pictures, prior_prompts
+from domainstudio.app.materials import TrainingPictures, open_domain, open_pictures, prior_prompts
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.captions import draw_alternatives
@@ -215,6 +215,10 @@ def captioned(pictures, tmp_path):
     return folder
 
 
+def opened_pictures(own, model, log):
+    return open_pictures(own, model, open_domain(own, model), log)
+
+
 class TestPrompts:
     @pytest.mark.parametrize(
         ("settings", "students", "sources"),
@@ -239,7 +243,7 @@ class TestPrompts:
     def test_what_is_told_of_each_picture_is_shown(self, recipe, text_models, captioned, settings, students, sources):
         model, log = text_models(), []
         images = load_domain(captioned, 16).images
-        pictures = open_pictures(recipe(instance_data_dir=str(captioned), **settings), model, log.append)
+        pictures = opened_pictures(recipe(instance_data_dir=str(captioned), **settings), model, log.append)
         assert log[0] == "\n".join(f"{i}.png  {prompt}" for i, prompt in enumerate(students, 1))
         if settings.get("captions") == "files":  # and once more without them
             assert log[1:] == ["and as often, in place of their captions: a portrait, xyz style"]
@@ -262,7 +266,7 @@ class TestPrompts:
     def test_a_subject_is_learned_beside_the_style(self, recipe, text_models, captioned, pictures, settings, source):
         subject = {"subject_data_dir": str(captioned), "subject_prompt": "a xyz dog", **settings}
         both, model = recipe(**subject), text_models()
-        opened = open_pictures(both, model, lambda message: None)
+        opened = opened_pictures(both, model, lambda message: None)
         sets = [load_domain(folder, 16).images for folder in (pictures, captioned)]
         assert torch.equal(opened.images, torch.cat(sets))
         assert opened.student_prompts == ("a portrait, xyz style",) * 10 + ("a xyz dog",) * 3
@@ -271,7 +275,7 @@ class TestPrompts:
     def test_a_subject_is_shown_as_often_as_captioned_pictures(self, recipe, text_models, captioned, pictures):
         subject = {"subject_data_dir": str(pictures), "subject_prompt": "a xyz dog", "subject_class_prompt": "a dog"}
         style = {"instance_data_dir": str(captioned), "captions": "files", "instance_prompt": "{caption}, xyz style"}
-        opened = open_pictures(recipe(**subject, **style), text_models(), lambda message: None)
+        opened = opened_pictures(recipe(**subject, **style), text_models(), lambda message: None)
         assert opened.student_prompts.count("a xyz dog") == opened.source_prompts.count("a dog") == 20
         assert len(opened.images) == 2 * 13
         assert torch.equal(opened.images[:13], opened.images[13:])
@@ -302,7 +306,7 @@ class TestSourceSamples:
     def test_they_are_of_what_the_training_pictures_are_of(self, recipe, text_models, captioned):
         settings = {"instance_data_dir": str(captioned), "captions": "files", "instance_prompt": "{caption}, xyz style"}
         own = recipe(**settings, prior_prompt=None, num_class_images=25)
-        pictures = open_pictures(own, text_models(), lambda table: None)
+        pictures = opened_pictures(own, text_models(), lambda table: None)
         assert len(set(pictures.source_prompts)) > 2
         assert prior_prompts(own, pictures) == [*pictures.source_prompts * 9][:25]
 

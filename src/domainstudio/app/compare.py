@@ -1,4 +1,4 @@
-"""Use cases that measure: evaluate a run or a folder of pictures, compare several runs."""
+"""Use case: compare runs, and pictures made by anything, in one report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import recipe_source
 from domainstudio.app.measure import Progress, part, reference_pictures
 from domainstudio.app.recipe import Recipe
-from domainstudio.app.watching import read_readings
+from domainstudio.app.watching import readings_in
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import load_domain, read_pictures
 from domainstudio.errors import UserError
@@ -79,7 +79,6 @@ def compare(
         raise UserError(f"{output} is a folder; give the report's file name, such as {output / 'report.html'}")
     runs = [RunFolder(target) for target in targets if (target / "config.toml").is_file()]
     recipes = _shared(runs, instance_data_dir)
-    sets = {target: read_pictures(target) for target in targets if RunFolder(target) not in runs}
     instance_data_dir = recipes[0].instance_data_dir if runs else instance_data_dir
     if instance_data_dir is None:
         raise UserError("no run says which the training pictures are: give --instance-data-dir")
@@ -87,7 +86,12 @@ def compare(
     if captions and (source is None or source.condition is None):
         told = recipes[0].pretrained_model_name_or_path if runs else "a folder of pictures"
         raise UserError(f"{told} takes no prompts; leave the captions out")
-    resolution = next(iter(sets.values())).shape[-1] if source is None else source.resolution
+    resolution, sets = None if source is None else source.resolution, dict[Path, Tensor]()
+    for target in targets:
+        if RunFolder(target) not in runs:
+            sets[target] = read_pictures(target, resolution)
+            resolution = sets[target].shape[-1]  # without a model, the first set's
+    assert resolution is not None
     training = load_domain(instance_data_dir, resolution).images
     reference = reference_pictures(instance_data_dir, reference_dir, resolution)
     evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
@@ -96,12 +100,12 @@ def compare(
     entries = []
     if source is not None:
         entries.append(_source_entry(source, recipes[0], by))
-    titles = dict(zip(runs, _titles(runs, recipes), strict=True))
+    about = dict(zip(runs, zip(recipes, _titles(runs, recipes), strict=True), strict=True))
     for target in targets:
-        if (run := RunFolder(target)) in titles:
-            entries.append(_run_entry(run, titles[run], by))
+        if (run := RunFolder(target)) in about:
+            entries.append(_run_entry(run, *about[run], by))
         else:
-            pictures = read_pictures(target, resolution)
+            pictures = sets[target]
             note = f"{len(pictures)} pictures, however they were made"
             entry = _entry(_label(target, targets), note, pictures, evaluator.evaluate(pictures), "result")
             entries.append(replace(entry, from_noise=False))
@@ -176,8 +180,8 @@ def _source_entry(source: DiffusionModel, recipe: Recipe, by: _Measuring) -> Rep
     return replace(entry, prompted=_prompted(source, recipe, by.captions, by.seed, in_style=False))
 
 
-def _run_entry(folder: RunFolder, title: str, by: _Measuring) -> ReportEntry:
-    recipe, model = folder.recipe(), open_result(folder, default_device())
+def _run_entry(folder: RunFolder, recipe: Recipe, title: str, by: _Measuring) -> ReportEntry:
+    model = open_result(folder, default_device())
     pictures = draw_from(
         model,
         by.num_images,
@@ -197,7 +201,7 @@ def _run_entry(folder: RunFolder, title: str, by: _Measuring) -> ReportEntry:
     return replace(
         entry,
         losses=tuple(record for record in log if "watch" not in record),
-        readings=tuple(read_readings(folder)),
+        readings=tuple(readings_in(log)),
         previews=tuple(previews),
         prompted=_prompted(model, recipe, by.captions, by.seed, in_style=True),
     )

@@ -68,8 +68,10 @@ class TrainingPictures:
         return Prompts(model.encode_prompts(self.student_prompts), model.encode_prompts(self.source_prompts))
 
 
-def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], None]) -> TrainingPictures:
-    """The training pictures with their prompts, shown as a table; a subject's pictures come after those of the style.
+def open_pictures(
+    recipe: Recipe, model: DiffusionModel, domain: Domain, log: Callable[[str], None]
+) -> TrainingPictures:
+    """The pictures of `domain` with their prompts, shown as a table; a subject's pictures come after them.
 
     With captions and a class_prompt each picture is there twice, told by its caption and told by the class_prompt: a
     model that only ever saw the identifier after details takes both together for the sign of the style.
@@ -77,7 +79,6 @@ def open_pictures(recipe: Recipe, model: DiffusionModel, log: Callable[[str], No
     Raises:
         UserError: if pictures or captions cannot be used, or prompts are missing or of no use.
     """
-    domain = open_domain(recipe, model)
     if model.condition is None:
         if given := recipe.text_settings():
             raise UserError(

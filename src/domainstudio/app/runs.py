@@ -19,6 +19,7 @@ from domainstudio.app.materials import (
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.watching import Watching
 from domainstudio.data.captions import fill
+from domainstudio.data.domain import Domain
 from domainstudio.evaluation.watch import tell
 from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
@@ -85,7 +86,8 @@ def train_run(
     resume = find_start(folder, recipe, resume_from_checkpoint, log)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     model = recipe_source(recipe, accelerator.device)
-    pictures = open_pictures(recipe, model, log)
+    domain = open_domain(recipe, model)
+    pictures = open_pictures(recipe, model, domain, log)
     objective = recipe_objective(recipe, model)
     find_optimizer(recipe.optimizer)
     draws = objective.needs_prior or recipe.erase_steps > 0
@@ -106,7 +108,7 @@ def train_run(
     if recipe.gradient_checkpointing:
         model.checkpoint_gradients()
     adaptation = build_adaptation(model, recipe, needs_source=objective.needs_source or recipe.erase_steps > 0)
-    watching = _watching(folder, model, adaptation, recipe, log)
+    watching = _watching(folder, model, adaptation, recipe, domain, log)
     run = train(
         model,
         adaptation,
@@ -179,7 +181,12 @@ def _watchers(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, 
 
 
 def _watching(
-    folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, recipe: Recipe, log: Callable[[str], None]
+    folder: RunFolder,
+    model: DiffusionModel,
+    adaptation: Adaptation,
+    recipe: Recipe,
+    domain: Domain,
+    log: Callable[[str], None],
 ) -> tuple[Watching, ...]:
     """The watch, if the recipe wants it.
 
@@ -194,8 +201,7 @@ def _watching(
     def save(best: RunFolder) -> None:
         _save_result(best, model, adaptation)
 
-    device = next(model.network.parameters()).device
-    training = open_domain(recipe, model).images.to(device)
+    training = domain.images.to(next(model.network.parameters()).device)
     return (Watching(folder, training, save, recipe.stop_when_overfitting, log),)
 
 

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -78,4 +79,9 @@ class Watching:
 
 def read_readings(folder: RunFolder) -> list[Reading]:
     """What the watch logged of a run."""
-    return [Reading.from_json(record["watch"]) for record in read_metrics(folder.metrics) if "watch" in record]
+    return readings_in(read_metrics(folder.metrics))
+
+
+def readings_in(log: Sequence[Mapping[str, Any]]) -> list[Reading]:
+    """Those among the records of metrics.jsonl."""
+    return [Reading.from_json(record["watch"]) for record in log if "watch" in record]

@@ -25,8 +25,8 @@ def training_gallery(training: Tensor) -> str:
 
 def noise_gallery(entries: Sequence[ReportEntry]) -> str:
     """Rows: the source, then each result. Columns: the same starting noise."""
-    chosen = [entry for kind in ("source", "result") for entry in entries if entry.kind == kind and entry.from_noise]
-    chosen = [entry for entry in chosen if len(entry.images)]
+    shown = [entry for entry in entries if entry.from_noise and len(entry.images)]
+    chosen = [entry for kind in ("source", "result") for entry in shown if entry.kind == kind]
     if not chosen:
         return ""
     columns = min(MAX_NOISES, *(len(entry.images) for entry in chosen))

@@ -17,7 +17,9 @@ from domainstudio.evaluation.metrics import mean_off_diagonal, pairwise_lpips
 from domainstudio.evaluation.pictures import Networks
 
 MAX_PX = 128
+"""Side at which LPIPS looks at larger pictures."""
 LEAST_STYLE = 0.1
+"""Of the mean distance between training pictures: what style distances are at least divided by."""
 PATIENCE = 3
 """Readings without a better one after which a run is overfitting, if its pictures are also too close."""
 COLLAPSED = 0.6
@@ -104,29 +106,28 @@ class Watch:
         either = torch.minimum(self._among_training, pairwise_lpips(plain, mirrored))
         self._apart = float(either.fill_diagonal_(float("inf")).min(1).values.mean())
         self._source = self._networks.embeddings(source)
-        least = LEAST_STYLE * mean_off_diagonal(self._among_training.sqrt())
-        self._to_come = max(self._style_distance(self._source), least)
+        to_come = self._style_distance(pairwise_lpips(self._source, plain), pairwise_lpips(self._source, self._source))
+        self._to_come = max(to_come, LEAST_STYLE * mean_off_diagonal(self._among_training.sqrt()))
 
     @torch.inference_mode()
     def read(self, step: int, images: Tensor) -> Reading:
         """What (M, 3, H, W) in [-1, 1], drawn at `step` from the noise of the source's pictures, say."""
         seen = self._networks.embeddings(images)
-        targets = self._networks.training_embeddings
-        distances, indices = metrics.nearest(torch.minimum(*(pairwise_lpips(seen, target) for target in targets)))
-        share = torch.bincount(indices, minlength=len(targets[0])) / len(images)
+        among = pairwise_lpips(seen, seen)
+        plain, mirrored = (pairwise_lpips(seen, target) for target in self._networks.training_embeddings)
+        distances, indices = metrics.nearest(torch.minimum(plain, mirrored))
+        share = torch.bincount(indices, minlength=len(self._among_training)) / len(images)
         return Reading(
             step,
             closeness=float(distances.mean()) / self._apart,
-            diversity=mean_off_diagonal(pairwise_lpips(seen, seen)) / mean_off_diagonal(self._among_training),
-            style_distance=max(0.0, self._style_distance(seen)) / self._to_come,  # a copier's is below 0
+            diversity=mean_off_diagonal(among) / mean_off_diagonal(self._among_training),
+            style_distance=max(0.0, self._style_distance(plain, among)) / self._to_come,  # a copier's is below 0
             drift=metrics.drift(seen, self._source),
             crowded=tuple(int(index) + 1 for index in (share > CROWDED).nonzero()),
         )
 
-    def _style_distance(self, seen: Tensor) -> float:
-        training = self._networks.training_embeddings[0]
-        between, within = pairwise_lpips(seen, training), pairwise_lpips(seen, seen)
-        return metrics.energy_distance(between.sqrt(), within.sqrt(), self._among_training.sqrt())
+    def _style_distance(self, to_training: Tensor, among: Tensor) -> float:
+        return metrics.energy_distance(to_training.sqrt(), among.sqrt(), self._among_training.sqrt())
 
 
 def choose(readings: Sequence[Reading]) -> Reading | None:
