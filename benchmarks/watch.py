@@ -4,7 +4,7 @@ Every run (methods x domains x seeds) is looked at at many steps, with its avera
 few pictures and the training pictures alone, and by held-out pictures (KID, Intra-LPIPS, copies). One JSON object a
 checkpoint is appended to docs/benchmarks/watch.jsonl. `--table` says how much worse than the best checkpoint the one is
 that the watch chooses, and how the two orders agree. `--trials` plants copiers and perfect samplers: sets of training
-pictures through the autoencoder, and of real held-out pictures, 100 of each a domain.
+pictures through the autoencoder, and of real held-out pictures, as they are and through it, 100 of each a domain.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.watch import COLLAPSED, Reading, Watch, choose
-from domainstudio.models.sample import decode, sample
+from domainstudio.models.sample import decode, sample, through_codec
 from domainstudio.training.train import StepEvent
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def measure_run(domain: str, method: str, seed: int, args: argparse.Namespace) -
     def draw(network, num: int, noise: int) -> Tensor:
         return decode(model, sample(model, network, num, noise, SAMPLING_STEPS))
 
-    watch = Watch(training, draw(model.network, args.num_watched, WATCH_SEED))
+    watch = Watch(through_codec(model, training), draw(model.network, args.num_watched, WATCH_SEED))
     rows = []
 
     def look(event: StepEvent) -> None:
@@ -82,18 +82,21 @@ def measure_run(domain: str, method: str, seed: int, args: argparse.Namespace) -
 
 def trials(args: argparse.Namespace) -> None:
     """Planted copiers and perfect samplers, as the watch sees them."""
-    codec = open_source(SOURCE).codec
+    model = open_source(SOURCE)
     for domain in DOMAINS:
         training, real = load_domain(f"bundled:{domain}", 64).images, heldout_pictures(f"bundled:{domain}", 64)
         assert real is not None
-        generator = torch.Generator().manual_seed(0)
-        copies = codec.decode(codec.draw(codec.encode(training), generator)).clamp(-1, 1)
-        watch = Watch(training, real[: args.num_watched])
+        generator = torch.Generator().manual_seed(1)  # other latents of the pictures than the watch's
+        copies = decode(model, model.codec.draw(model.codec.encode(training), generator))
+        redrawn = through_codec(model, real)
+        watch = Watch(through_codec(model, training), real[: args.num_watched])
         closeness: dict[str, list[float]] = defaultdict(list)
         for _ in range(NUM_TRIALS):
+            chosen = torch.randperm(len(real), generator=generator)[: args.num_watched]
             sets = {
                 "copier": copies[torch.randint(len(copies), (args.num_watched,), generator=generator)],
-                "sampler": real[torch.randperm(len(real), generator=generator)[: args.num_watched]],
+                "sampler": real[chosen],
+                "sampler, through the autoencoder": redrawn[chosen],
             }
             for name, pictures in sets.items():
                 closeness[name].append(watch.read(1, pictures).closeness)

@@ -11,9 +11,12 @@ from diffusers import DDPMPipeline
 from domainstudio.app import watching
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.watching import read_readings
+from domainstudio.data.domain import load_domain
 from domainstudio.errors import MissingWeights
 from domainstudio.evaluation import features, watch
+from domainstudio.models.load import load_model
 from domainstudio.models.lora_files import LORA_FILE
+from domainstudio.models.sample import through_codec
 from domainstudio.training.state import load_checkpoint
 
 pytest_plugins = ("text_kit", "text_run_kit")
@@ -87,6 +90,22 @@ def test_a_better_checkpoint_of_another_future_is_dropped(run, tmp_path, monkeyp
     monkeypatch.setattr(watching, "choose", lambda readings: seen.append(RunFolder(part).best.path.exists()))
     succeeds("train", part / "config.toml", "--output-dir", part, "--resume-from-checkpoint", part / "checkpoint-2")
     assert seen == [False, False]
+
+
+def test_training_pictures_are_seen_through_the_models_codec(train, monkeypatch, pipelines, pictures):
+    seen = []
+
+    class Spy(watch.Watch):
+        def __init__(self, training, source):
+            seen.append(training)
+            super().__init__(training, source)
+
+    monkeypatch.setattr(watching, "Watch", Spy)
+    train("latent", "latent_v", **WATCHED)
+    model = load_model(pipelines("latent_v"))
+    images = load_domain(pictures, model.resolution).images
+    torch.testing.assert_close(seen[0], through_codec(model, images))
+    assert (seen[0] - images).abs().mean() > 0.01
 
 
 def test_an_overfitting_run_ends_if_it_is_asked_to(train, monkeypatch):

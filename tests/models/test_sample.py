@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMPipeline
 from tiny_models import KINDS
 
-from domainstudio.models.sample import decode, sample, starting_noise
+from domainstudio.models.sample import decode, sample, starting_noise, through_codec
 
 
 def test_a_pictures_noise_depends_on_seed_and_its_number_alone():
@@ -86,3 +86,17 @@ def test_decoded_pictures_are_clamped_and_in_order(models, name):
     assert not pictures.requires_grad
     with torch.no_grad():
         torch.testing.assert_close(pictures, model.codec.decode(x0).clamp(-1, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pixel_v", "latent_v"])
+def test_pictures_through_the_codec_lose_what_it_loses(models, name):
+    model = models(name)
+    images = torch.rand(3, 3, model.resolution, model.resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    redrawn = through_codec(model, images)
+    assert torch.equal(redrawn, through_codec(model, images))
+    assert torch.equal(redrawn, images) == (name == "pixel_v")
+    if name == "latent_v":
+        mean, std = model.codec.encode(images).chunk(2, dim=1)
+        nearest = (model.codec.decode(mean).clamp(-1, 1) - redrawn).detach().abs().mean()
+        assert nearest < 0.5 * (images - redrawn).abs().mean()
+        assert std.mean() > 0

@@ -27,7 +27,7 @@ from domainstudio.models.condition import TextDenoiser
 from domainstudio.models.load import save_pipeline
 from domainstudio.models.lora_files import save_diffusers_lora, save_lora
 from domainstudio.models.model import DiffusionModel
-from domainstudio.models.sample import Progress
+from domainstudio.models.sample import Progress, through_codec
 from domainstudio.quiet import quiet
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
@@ -201,7 +201,8 @@ def _watching(
     def save(best: RunFolder) -> None:
         _save_result(best, model, adaptation)
 
-    training = domain.images.to(next(model.network.parameters()).device)
+    device = next(model.network.parameters()).device
+    training = through_codec(model, domain.images.to(device)).to(device)
     return (Watching(folder, training, save, recipe.stop_when_overfitting, log),)
 
 

@@ -135,3 +135,12 @@ def decode(model: DiffusionModel, x0: Tensor, device: torch.device | str = "cpu"
     """Model space (N, C, h, w) -> pictures (N, 3, H, W), clamped to [-1, 1], on the CPU."""
     parts = x0.split(fitting_batch(model.resolution))
     return torch.cat([model.codec.decode(part.to(device)).clamp(-1, 1).cpu() for part in parts])
+
+
+def through_codec(model: DiffusionModel, images: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] as the model would draw them at best: encoded and decoded again, on the CPU.
+
+    What an autoencoder loses is missing in all that its model draws, copies of the training pictures included.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return decode(model, model.codec.draw(model.codec.encode(images), generator), images.device)
