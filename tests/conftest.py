@@ -16,6 +16,7 @@ from domainstudio.evaluation import features
 from domainstudio.evaluation.cache import CACHE_VARIABLE
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
+from domainstudio.training import ant
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +69,13 @@ def domains(pictures: Path) -> Callable[[DiffusionModel], Domain]:
 def no_shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What stubs see must not be taken for what networks see, nor be left in a home."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests fit the classifier of method ant to fewer examples."""
+    monkeypatch.setattr(ant, "NUM_NOISINGS", 50)
+    monkeypatch.setattr(ant, "FIT_STEPS", 50)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from domainstudio.diffusion.prediction import PREDICTIONS, coefficients, target, to_x0, v_gain
+from domainstudio.diffusion.prediction import PREDICTIONS, coefficients, target, to_noise, to_x0, v_gain
 from domainstudio.diffusion.schedule import DiscreteSchedule, FlowSchedule, add_noise, over
 
 DIFFUSERS_NAMES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -78,6 +78,20 @@ def test_the_target_leads_back_to_the_clean_image(prediction, levels, generator)
     x_t = add_noise(x0, noise, alpha, sigma)
     back = to_x0(prediction, target(prediction, x0, noise, alpha, sigma), x_t, alpha, sigma)
     assert (back - x0).abs().max() < 1e-12
+    x_t, x0, noise, alpha, sigma = (values[1:] for values in (x_t, x0, noise, alpha, sigma))  # without sigma = 0
+    back = to_noise(prediction, target(prediction, x0, noise, alpha, sigma), x_t, alpha, sigma)
+    assert (back - noise).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_pictures_without_noise_say_no_noise_of_x0_alone(prediction, generator):
+    x0, noise, sigma = randn(2, generator), randn(2, generator), torch.zeros(2).double()
+    back = to_noise(prediction, target(prediction, x0, noise, sigma + 1, sigma), x0, sigma + 1, sigma)
+    if prediction == "x0":
+        assert not back.isfinite().any()
+    else:
+        assert (back - noise).abs().max() < 1e-14
+    assert torch.equal(to_noise("epsilon", noise, noise, sigma, sigma + 1), noise)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow"])

@@ -12,9 +12,10 @@ import torch
 from training_kit import Log, adapt, perturb
 
 from domainstudio.data.batches import batch_indices, step_generator
+from domainstudio.diffusion.weighting import min_snr_weight
 from domainstudio.errors import UserError
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training.methods import build_objective, domainstudio, erase_identifier, finetune, min_snr_weight
+from domainstudio.training.methods import build_objective, domainstudio, erase_identifier, finetune
 from domainstudio.training.objective import Batch, Prompts, look
 from domainstudio.training.train import TrainConfig, Training, train
 

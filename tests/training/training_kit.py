@@ -42,7 +42,10 @@ def look_at(model, adaptation, objective, num: int = 5, seed: int = 0) -> Views:
     generator = torch.Generator().manual_seed(seed)
     x0 = model.codec.draw(model.codec.encode(make_images(model, num)), generator)
     prior = make_prior(model) if objective.needs_prior else None
-    return look(model, adaptation, objective, Batch(x0), prior, generator)
+    if objective.classifier is not None:
+        assert prior is not None
+        objective.classifier.fit(adaptation, x0, prior.x0, generator)
+    return look(model, adaptation, objective, Batch(x0), prior if objective.samples_each_step else None, generator)
 
 
 class Log:

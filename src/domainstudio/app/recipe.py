@@ -92,6 +92,8 @@ class Recipe(BaseModel):
     hf_weight: float | None = Field(None, ge=0, description="weight of the pairwise high-frequency term")
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
+    similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")
+    adversarial_steps: int | None = Field(None, ge=0, description="steps in which noise becomes harder (ant)")
     num_class_images: int = Field(100, ge=3, description="source samples drawn once, where the method looks at any")
     pair_batch_size: int = Field(10, ge=3, description="source samples a step, where the method looks at any")
     resolution: int | None = Field(None, ge=8, description="side of the pictures; default and only choice: the model's")
@@ -143,7 +145,7 @@ class Recipe(BaseModel):
     @property
     def pairs(self) -> Pairing:
         """What pairs are formed of: `pairing`, or the method's own choice where it is not given."""
-        if self.method in ("finetune", "dreambooth"):
+        if self.method in ("finetune", "dreambooth", "ant"):
             return "none"
         return self.pairing or ("source_samples" if self.method == "studio" else "training")
 
@@ -170,7 +172,7 @@ class Recipe(BaseModel):
         if self.adapter == "full":
             unused += [(name, "adapter is full") for name in ("rank", "lora_alpha", "lora_layers") if name in given]
         if self.pairs != "source_samples" and self.instance_prompt is None:
-            names = ("num_class_images", "pair_batch_size")
+            names = ("pair_batch_size",) if self.method == "ant" else ("num_class_images", "pair_batch_size")
             unused += [(name, "pairs are not formed of source samples") for name in names if name in given]
         return [f"{name} has no effect: {why}" for name, why in unused]
 

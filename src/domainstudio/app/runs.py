@@ -67,6 +67,8 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         space=recipe.space,
         with_prior_preservation=recipe.with_prior_preservation,
         prior_loss_weight=recipe.prior_loss_weight,
+        similarity_weight=recipe.similarity_weight,
+        adversarial_steps=recipe.adversarial_steps,
     )
 
 

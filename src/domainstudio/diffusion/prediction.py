@@ -1,7 +1,8 @@
 """What a network's output means, and the clean image it implies. One table covers all parameterisations.
 
 output = a x0 + b noise, with (a, b) = epsilon (0, 1), x0 (1, 0), v (-sigma, alpha), flow (-1, 1); together with
-x_t = alpha x0 + sigma noise this gives x0 = (b x_t - sigma output) / (b alpha - a sigma).
+x_t = alpha x0 + sigma noise this gives x0 = (b x_t - sigma output) / (b alpha - a sigma), and
+noise = (alpha output - a x_t) / (b alpha - a sigma).
 """
 
 from typing import Literal, get_args
@@ -45,6 +46,17 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, si
     if prediction == "x0":
         return over(a, output) * output  # the formula below is 0 / 0 at sigma = 0
     return (over(b, x_t) * x_t - over(sigma, x_t) * output) / over(b * alpha - a * sigma, x_t)
+
+
+def to_noise(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise (B, ...) that `output` (B, ...) implies for `x_t` (B, ...).
+
+    Undefined only for x0 at sigma = 0, where x_t holds no noise.
+    """
+    a, b = coefficients(prediction, alpha, sigma)
+    if prediction == "epsilon":
+        return output  # the formula below is 0 / 0 at alpha = 0
+    return (over(alpha, output) * output - over(a, x_t) * x_t) / over(b * alpha - a * sigma, x_t)
 
 
 def v_gain(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -6,17 +6,20 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from domainstudio.diffusion.prediction import Prediction, v_gain
+from domainstudio.diffusion.prediction import to_noise
+from domainstudio.diffusion.schedule import over
 from domainstudio.diffusion.variational import variational_bound
+from domainstudio.diffusion.weighting import level_weight, min_snr_weight
 from domainstudio.errors import UserError
 from domainstudio.losses.haar import high_frequency
 from domainstudio.losses.pairwise import pairwise_divergence
 from domainstudio.losses.reconstruction import high_frequency_error, simple_loss
 from domainstudio.models.codec import PixelCodec
 from domainstudio.models.model import DiffusionModel
+from domainstudio.training.ant import DomainClassifier
 from domainstudio.training.objective import Objective, Pairing, PriorTarget, Space, Term, View, Views
 
-Method = Literal["studio", "finetune", "dreambooth", "ddpm_pa", "domainstudio", "domainstudio_released"]
+Method = Literal["studio", "finetune", "dreambooth", "ddpm_pa", "domainstudio", "domainstudio_released", "ant"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -172,6 +175,36 @@ def domainstudio_released(
     return Objective(terms, pairing=pairing, space=space)
 
 
+def ant(model: DiffusionModel, similarity_weight: float = 5.0, adversarial_steps: int = 10) -> Objective:
+    """DPMs-ANT (Wang et al. 2024, arXiv 2308.11948): L_simple of the noise that is hardest to take away, which is to
+    be taken away in the direction of the target domain:
+
+    (noise - similarity_weight sigma² d log p(target | x_t) / d x_t - noise_hat)², with noise_hat the noise that the
+    output implies. Its step costs 2 passes with gradients for each of `adversarial_steps`, and 2 of the source.
+    Differs from the paper: docs/deviations.md.
+    """
+    if model.condition is not None:
+        raise UserError("method ant is for unconditional models; use studio, domainstudio or dreambooth")
+    classifier = DomainClassifier(model) if similarity_weight else None
+
+    def guided_simple(views: Views) -> Tensor:
+        view = views.training
+
+        def noise_of(output: Tensor) -> Tensor:
+            return to_noise(model.prediction, output, view.x_t, view.alpha, view.sigma)
+
+        noise = noise_of(view.target)
+        if classifier is not None:
+            pull = over(view.sigma.square(), noise) * classifier.gradient(view.x_t, view.t)
+            noise = noise - similarity_weight * pull
+        return simple_loss(noise_of(view.student.output), noise).mean()
+
+    _, *variance = _denoising_terms(model)
+    return Objective(
+        (Term("simple", 1.0, guided_simple), *variance), adversarial_steps=adversarial_steps, classifier=classifier
+    )
+
+
 def build_objective(method: Method, model: DiffusionModel, **settings) -> Objective:
     """The objective of a method by name; `settings` that are None keep the method's own value.
 
@@ -185,6 +218,7 @@ def build_objective(method: Method, model: DiffusionModel, **settings) -> Object
         "ddpm_pa": ddpm_pa,
         "domainstudio": domainstudio,
         "domainstudio_released": domainstudio_released,
+        "ant": ant,
     }
     build, given = builders[method], {name: value for name, value in settings.items() if value is not None}
     if unknown := [name for name in given if name not in inspect.signature(build).parameters]:
@@ -192,30 +226,6 @@ def build_objective(method: Method, model: DiffusionModel, **settings) -> Object
     if given.get("pairing") == "none":
         raise UserError(f'pairing "none" leaves method {method} without its pairs; use method finetune')
     return build(model, **given)
-
-
-def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_noise_weight: float) -> Tensor:
-    """L_simple's weight at each noise level, (B,): `high_noise_weight` where all is noise, 1 where all is picture.
-
-    At high noise a network decides how a picture is composed, and ten pictures taught there are soon recited; at low
-    noise it learns how they are drawn. An error of v or of a flow is weighted by
-    w = high_noise_weight + (1 - high_noise_weight) alpha⁴ / (alpha⁴ + sigma⁴). An error of epsilon is by itself alpha²
-    of the same error of v, one of x0 sigma² of it; they are weighted by min(1, w / alpha²) and min(1, w / sigma²).
-    """
-    picture, noise = alpha**4, sigma**4
-    weight = high_noise_weight + (1 - high_noise_weight) * picture / (picture + noise)
-    return (weight * v_gain(prediction, alpha, sigma).square()).clamp(max=1)
-
-
-def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gamma: float) -> Tensor:
-    """L_simple's weight under min-SNR-gamma, (B,): min(SNR, gamma) times the error of x0 that the output's error means.
-
-    Undefined for epsilon at alpha = 0, as x0 is.
-
-    Source: Hang et al. 2023 (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
-    """
-    snr = (alpha / sigma).square()
-    return snr.clamp(max=snr_gamma) * (sigma * v_gain(prediction, alpha, sigma)).square()
 
 
 def _denoising_terms(

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from domainstudio.diffusion.prediction import target
+from domainstudio.diffusion.prediction import target, to_noise
 from domainstudio.diffusion.schedule import add_noise
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel, Estimate
+from domainstudio.training.ant import DomainClassifier, hardest_noise
 
 Pairing = Literal["none", "training", "source_samples"]
 Space = Literal["model", "pixel", "crop"]
@@ -107,15 +108,29 @@ class Objective:
     """What a term holds the student to on source samples with the source prompt: the pictures, or the source model."""
     space: Space = "model"
     """Where image terms are computed: the model's own space, decoded pictures, or a decoded crop of them."""
+    adversarial_steps: int = 0
+    """Of gradient ascent in which the training pictures' noise becomes harder to take away (`hardest_noise`)."""
+    classifier: DomainClassifier | None = None
+    """Fitted before the first step to training pictures and source samples, if there is one."""
 
     @property
     def needs_source(self) -> bool:
         """Whether a term looks at the frozen source."""
+        return self.asks_source or self.classifier is not None
+
+    @property
+    def asks_source(self) -> bool:
+        """Whether the source says, each step, what the student says."""
         return self.pairing != "none" or self.prior == "source"
 
     @property
     def needs_prior(self) -> bool:
         """Whether a term looks at source samples."""
+        return self.samples_each_step or self.classifier is not None
+
+    @property
+    def samples_each_step(self) -> bool:
+        """Whether a step shows any of them to the models."""
         return self.pairing == "source_samples" or self.prior != "none"
 
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
@@ -147,6 +162,16 @@ def look(
         noise += noise_offset * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
     noise = noise.to(clean)
     alpha, sigma = model.schedule.levels(t)
+    if objective.adversarial_steps:
+        first = slice(len(training.x0))
+
+        def error(tried: Tensor) -> Tensor:
+            x_t = add_noise(clean[first], tried, alpha[first], sigma[first])
+            output = model.estimate(adaptation.network, x_t, t[first], training.prompts.student).output
+            said = to_noise(model.prediction, output, x_t, alpha[first], sigma[first])
+            return (tried - said).square().sum((1, 2, 3))
+
+        noise[first] = hardest_noise(error, noise[first], objective.adversarial_steps)
     x_t = add_noise(clean, noise, alpha, sigma)
     wanted = target(model.prediction, clean, noise, alpha, sigma)
     to_space = _into(objective.space, model, generator)
@@ -170,7 +195,7 @@ def look(
         return View(clean[part], x_t[part], t[part], alpha[part], sigma[part], wanted[part], student, source, to_space)
 
     of_source: dict[str, Estimate] = {}
-    if objective.needs_source:
+    if objective.asks_source:
         asked = [("training", training.prompts.source)] if objective.pairing == "training" else []
         if prior is not None and (objective.pairing == "source_samples" or objective.prior == "source"):
             asked.append(("prior", prior.prompts.source))

@@ -16,6 +16,7 @@ from domainstudio.data.batches import batch_indices, step_generator
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
+from domainstudio.training.ant import DomainClassifier
 from domainstudio.training.methods import erase_identifier
 from domainstudio.training.objective import Batch, Objective, Prompts, look, unweighted
 from domainstudio.training.state import TrainState
@@ -182,6 +183,8 @@ def train(
     if resume is not None:
         run.load(resume)
     deck = _Deck(model, config, images.to(accelerator.device), prior, prompts)
+    if objective.classifier is not None:
+        deck.fit(objective.classifier, adaptation)
     adaptation.network.train()
     with torch.random.fork_rng(), suppress(StopTraining):
         _notify(observers, StepEvent(run.step, {}, run.state, run.averaged))
@@ -192,7 +195,7 @@ def train(
             losses = []
             for part in range(config.gradient_accumulation_steps):
                 batch = deck.training(run.step * config.gradient_accumulation_steps + part, generator)
-                samples = deck.source_samples(generator)
+                samples = deck.source_samples(generator) if minimised.samples_each_step else None
                 with accelerator.autocast():
                     views = look(model, adaptation, minimised, batch, samples, generator, config.noise_offset)
                 loss, terms = minimised(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
@@ -225,12 +228,18 @@ class _Deck:
             batch = torch.where(flip.to(batch.device), self.mirrored[rows], batch)
         return Batch(self.codec.draw(batch, generator), self.prompts[rows])
 
-    def source_samples(self, generator: torch.Generator) -> Batch | None:
-        """Some of them, drawn anew each time; None if there are none."""
-        if self.prior is None:
-            return None
+    def source_samples(self, generator: torch.Generator) -> Batch:
+        """Some of them, drawn anew each time."""
+        assert self.prior is not None
         chosen = torch.randperm(len(self.prior.x0), generator=generator)[: self.config.pair_batch_size]
         return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
+
+    def fit(self, classifier: DomainClassifier, adaptation: Adaptation) -> None:
+        """Fits a classifier to all of both."""
+        assert self.prior is not None
+        generator = torch.Generator().manual_seed(self.config.seed)
+        pictures = self.codec.draw(self.encoded, generator)
+        classifier.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)
 
 
 def _check_finite(losses: dict[str, float], step: int, config: TrainConfig) -> None:

@@ -1,0 +1,29 @@
+"""How much an error counts at each noise level."""
+
+from torch import Tensor
+
+from domainstudio.diffusion.prediction import Prediction, v_gain
+
+
+def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_noise_weight: float) -> Tensor:
+    """L_simple's weight at each noise level, (B,): `high_noise_weight` where all is noise, 1 where all is picture.
+
+    At high noise a network decides how a picture is composed, and ten pictures taught there are soon recited; at low
+    noise it learns how they are drawn. An error of v or of a flow is weighted by
+    w = high_noise_weight + (1 - high_noise_weight) alpha⁴ / (alpha⁴ + sigma⁴). An error of epsilon is by itself alpha²
+    of the same error of v, one of x0 sigma² of it; they are weighted by min(1, w / alpha²) and min(1, w / sigma²).
+    """
+    picture, noise = alpha**4, sigma**4
+    weight = high_noise_weight + (1 - high_noise_weight) * picture / (picture + noise)
+    return (weight * v_gain(prediction, alpha, sigma).square()).clamp(max=1)
+
+
+def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gamma: float) -> Tensor:
+    """L_simple's weight under min-SNR-gamma, (B,): min(SNR, gamma) times the error of x0 that the output's error means.
+
+    Undefined for epsilon at alpha = 0, as x0 is.
+
+    Source: Hang et al. 2023 (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
+    """
+    snr = (alpha / sigma).square()
+    return snr.clamp(max=snr_gamma) * (sigma * v_gain(prediction, alpha, sigma)).square()
