@@ -54,7 +54,8 @@ from domains import STYLE  # noqa: E402
 
 RESULTS = ROOT / "docs/benchmarks/text_fewshot.jsonl"
 SOURCE = "bundled:avatars-text"
-INSTANCE_PROMPT, CLASS_PROMPT = "{caption}, pyramid", "a portrait of a person"
+IDENTIFIER = "pyramid"
+INSTANCE_PROMPT, CLASS_PROMPT = f"{{caption}}, {IDENTIFIER}", "a portrait of a person"
 """`pyramid` is to this source what a rare token is elsewhere: known, and of another meaning (a robot's top)."""
 GUIDANCE = 2.0
 SAMPLING_SEED, SAMPLING_STEPS = 77, 25
@@ -76,7 +77,8 @@ class Prompts:
         left = ({key: value for key, value in a.items() if key not in STYLE[domain]} for a in named if KIND not in a)
         self.attributes = [a for a in left if a]
         self.captions = [caption(a) for a in self.attributes]
-        self.robots = [caption(a) for a in named if KIND in a]
+        robots = [caption(a) for a in named if KIND in a]
+        self.robots = [text for text in robots if IDENTIFIER not in text]
 
 
 @cache

@@ -85,7 +85,7 @@ class Recipe(BaseModel):
         0, ge=0, description="first steps that take out of instance_prompt what its identifier meant before"
     )
     with_prior_preservation: bool | None = Field(
-        None, description="keep what class_prompt draws (text models); default: all methods but finetune do"
+        None, description="keep what class_prompt draws (text models); default: dreambooth and domainstudio do"
     )
     prior_loss_weight: float | None = Field(None, ge=0, description="weight of that term")
     image_weight: float | None = Field(None, ge=0, description="weight of the pairwise image term")

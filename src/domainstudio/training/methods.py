@@ -102,21 +102,19 @@ def studio(
     hfmse_weight: float = 0.05,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
-    high_noise_weight: float | None = None,
+    high_noise_weight: float = 0.1,
     snr_gamma: float | None = None,
     space: Space | None = "model",
-    with_prior_preservation: bool | None = None,
+    with_prior_preservation: bool = False,
     prior_loss_weight: float = 1.0,
     prior_target: PriorTarget = "source",
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise.
 
-    Of a text-to-image model's source samples the student is told the target prompt for the pairs, and once more the
-    source prompt, with which it is to say what the source model says; that holds it back already, so
-    `high_noise_weight` is 1 there, 0.1 elsewhere. docs/decisions.md says why.
+    Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
+    the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
+    less, and its own less, too. docs/decisions.md says why these are the defaults.
     """
-    if high_noise_weight is None:
-        high_noise_weight = 0.1 if model.condition is None else 1.0
     return domainstudio(
         model,
         image_weight=image_weight,
