@@ -12,7 +12,7 @@ from domainstudio.app.recipe import build_recipe
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 RECIPES = sorted(ROOT.glob("recipes/*.toml"))
-COMMAND = re.compile(r"(?:^|[\s`/(])domainstudio ((?:demo|check|train|sample|export|evaluate|compare)\b[^`\n]*)")
+COMMAND = re.compile(r"(?:^|[\s`/(])domainstudio ((?:demo|check|train|doctor|sample|export|evaluate|compare)\b[^`\n]*)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -27,7 +27,7 @@ def commands() -> list[tuple[str, str]]:
 
 def test_there_is_something_to_check():
     shown = {arguments.split()[0] for file, arguments in commands() if file == "README.md"}
-    assert shown >= {"check", "train", "sample", "evaluate", "compare"}
+    assert shown >= {"check", "train", "doctor", "sample", "evaluate", "compare"}
     assert RECIPES
 
 
@@ -61,7 +61,7 @@ def test_relative_links_exist(page):
 
 def test_flags_of_the_readme_exist(capsys):
     known = set()
-    for command in ("demo", "check", "train", "sample", "export", "evaluate", "compare"):
+    for command in ("demo", "check", "train", "doctor", "sample", "export", "evaluate", "compare"):
         with pytest.raises(SystemExit):
             _parser().parse_args([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))

@@ -10,7 +10,7 @@ import domainstudio as package
 from domainstudio.app.recipe import build_recipe
 
 # Frozen: scripts depend on these names.
-TRAIN_FLAGS = [
+RECIPE_FLAGS = [
     "--pretrained-model-name-or-path",
     "--single-file-config",
     "--instance-data-dir",
@@ -66,7 +66,6 @@ TRAIN_FLAGS = [
     "--negative-prompt",
     "--guidance-scale",
     "--num-inference-steps",
-    "--resume-from-checkpoint",
 ]
 OTHER_FLAGS = {
     "demo": {"--text", "--domain", "--output-dir", "--max-train-steps", "--num-images"},
@@ -90,7 +89,7 @@ OTHER_FLAGS = {
         "--dino",
     },
 }
-COMMANDS = ["train", *OTHER_FLAGS]
+COMMANDS = ["train", "doctor", *OTHER_FLAGS]
 
 
 def offered(command: str) -> set[str]:
@@ -98,11 +97,13 @@ def offered(command: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", domainstudio(command, "--help").out)) - {"--help"}
 
 
-def test_the_flags_of_train_are_frozen():
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_the_flags_of_recipes_are_frozen(command):
     switches = {"use-ema", "random-flip", "centre-pairs", "train-text-encoder"}
     switches |= {"gradient-checkpointing", "with-prior-preservation", "watch", "stop-when-overfitting"}
     negations = {f"--no-{name}" for switch in switches for name in (switch, switch.replace("-", "_"))}
-    assert offered("train") == {*TRAIN_FLAGS, *("--" + flag[2:].replace("-", "_") for flag in TRAIN_FLAGS), *negations}
+    own = [*RECIPE_FLAGS, "--resume-from-checkpoint"] if command == "train" else [*RECIPE_FLAGS, "--json"]
+    assert offered(command) == {*own, *("--" + flag[2:].replace("-", "_") for flag in own), *negations}
 
 
 @pytest.mark.parametrize("command", OTHER_FLAGS)

@@ -3,12 +3,12 @@
 import argparse
 import json
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 from domainstudio import __version__
+from domainstudio.app.flags import add_measuring_flags, add_recipe_flags, option, positive
 from domainstudio.errors import UserError
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if it succeeded, 1 if a check found errors, 2 with one message for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser(with_recipe=argv[:1] == ["train"]).parse_args(argv)
+        args = _parser(with_recipe=argv[:1] in (["train"], ["doctor"])).parse_args(argv)
         return args.run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,37 +48,44 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="plain fine-tuning against DomainStudio on a bundled domain, with a report")
     demo.add_argument("--text", action="store_true", help="of a text-to-image model: DreamBooth against DomainStudio")
     demo.add_argument("--domain", default=None, help="training pictures (default: bundled:ink; bundled:watercolour)")
-    _option(demo, "--output-dir", type=Path, default=None, help="folder of runs and report (default: demo; demo-text)")
-    _option(demo, "--max-train-steps", type=_positive, default=None, help="(default: what the default domain needs)")
-    _option(
-        demo, "--num-images", type=_positive, default=64, help="samples measured of each model (default: %(default)s)"
+    option(demo, "--output-dir", type=Path, default=None, help="folder of runs and report (default: demo; demo-text)")
+    option(demo, "--max-train-steps", type=positive, default=None, help="(default: what the default domain needs)")
+    option(
+        demo, "--num-images", type=positive, default=64, help="samples measured of each model (default: %(default)s)"
     )
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="say what is wrong with a folder of training pictures; changes nothing")
     check.add_argument("folder", help="folder, or bundled:NAME")
-    check.add_argument("--resolution", type=_positive, default=None, help="side of the model's pictures")
+    check.add_argument("--resolution", type=positive, default=None, help="side of the model's pictures")
     check.set_defaults(run=_check)
 
     train = commands.add_parser("train", help="adapt a source model to a folder of pictures")
     train.add_argument("recipe", nargs="?", type=Path, help="TOML file; flags override it")
     if with_recipe:
         add_recipe_flags(train)
-    _option(train, "--resume-from-checkpoint", metavar="latest|FOLDER", help="continue this run")
+    option(train, "--resume-from-checkpoint", metavar="latest|FOLDER", help="continue this run")
     train.set_defaults(run=_train)
+
+    doctor = commands.add_parser("doctor", help="measure what a recipe takes on this machine; writes nothing")
+    doctor.add_argument("recipe", nargs="?", type=Path, help="TOML file; flags override it")
+    if with_recipe:
+        add_recipe_flags(doctor)
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
 
     sample = commands.add_parser("sample", help="draw pictures from a finished run")
     sample.add_argument("target", type=Path, metavar="RUN")
-    _option(sample, "--num-images", type=_positive, default=16)
-    _option(sample, "--seed", type=int, default=0)
-    _option(sample, "--output-dir", type=Path, required=True)
+    option(sample, "--num-images", type=positive, default=16)
+    option(sample, "--seed", type=int, default=0)
+    option(sample, "--output-dir", type=Path, required=True)
     text = sample.add_argument_group("text-to-image models")
     text.add_argument("--prompt", help="what to draw; {a|b} draws one of a and b (default: the run's own)")
-    _option(text, "--negative-prompt", help="what to be led away from")
-    _option(text, "--guidance-scale", type=float, default=None, help="classifier-free guidance (default: the run's)")
+    option(text, "--negative-prompt", help="what to be led away from")
+    option(text, "--guidance-scale", type=float, default=None, help="classifier-free guidance (default: the run's)")
     strength = "pushes further away from what the source draws of --source-prompt (default: %(default)s)"
-    _option(text, "--style-strength", type=float, default=0.0, help=strength)
-    _option(text, "--source-prompt", help="--prompt without its style (default: the run's class prompt)")
+    option(text, "--style-strength", type=float, default=0.0, help=strength)
+    option(text, "--source-prompt", help="--prompt without its style (default: the run's class prompt)")
     sample.set_defaults(run=_sample)
 
     export = commands.add_parser("export", help="write a run's result in a format that other tools read")
@@ -91,81 +98,21 @@ def _parser(with_recipe: bool = True) -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure a run, or a folder of pictures made by anything")
     evaluate.add_argument("target", type=Path, metavar="RUN|FOLDER")
-    _option(evaluate, "--instance-data-dir", required=True, help="the training pictures: folder or bundled:NAME")
-    _add_measuring_flags(evaluate)
+    option(evaluate, "--instance-data-dir", required=True, help="the training pictures: folder or bundled:NAME")
+    add_measuring_flags(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_evaluate)
 
     compare = commands.add_parser("compare", help="put runs and folders of pictures side by side in one HTML report")
     compare.add_argument("targets", nargs="+", type=Path, metavar="RUN|FOLDER")
     theirs = "the training pictures, where no run is given: folder or bundled:NAME"
-    _option(compare, "--instance-data-dir", help=theirs)
+    option(compare, "--instance-data-dir", help=theirs)
     compare.add_argument("--output", type=Path, default=Path("report.html"))
     besides = "what text-to-image models are asked for besides, the runs in their own style; may be given again"
     compare.add_argument("--caption", action="append", default=[], help=besides)
-    _add_measuring_flags(compare)
+    add_measuring_flags(compare)
     compare.set_defaults(run=_compare)
     return parser
-
-
-def _option(parser: argparse._ActionsContainer, flag: str, **settings: Any) -> None:
-    """A flag that is also understood with underscores, as the diffusers examples spell theirs."""
-    parser.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **settings)
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small; give 1 or more")
-    return value
-
-
-_positive.__name__ = "int"  # which argparse puts into "invalid int value"
-
-
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag a recipe setting; a flag that is not given leaves the recipe's value."""
-    from domainstudio.app.recipe import Recipe
-
-    for name, field in Recipe.model_fields.items():
-        kind = _plain_type(field.annotation)
-        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        settings: dict[str, Any] = {"default": None, "dest": name, "help": f"{field.description}{default}"}
-        flag = "--" + name.replace("_", "-")
-        if kind is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif get_origin(kind) is Literal:
-            settings |= {"choices": get_args(kind)}
-        else:
-            settings |= {"type": kind, "metavar": "N" if kind is int else "X" if kind is float else "NAME"}
-        _option(parser, flag, **settings)
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type without `| None`."""
-    if isinstance(annotation, types.UnionType) or get_origin(annotation) not in (None, Literal):
-        return next(part for part in get_args(annotation) if part is not types.NoneType)
-    return annotation
-
-
-def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
-    _option(
-        parser, "--reference-dir", type=Path, help="held-out pictures: folder or .zip (bundled domains bring theirs)"
-    )
-    _option(parser, "--num-images", type=_positive, default=200, help="samples drawn of a run (default: %(default)s)")
-    _option(parser, "--seed", type=int, default=0)
-    parser.add_argument("--lpips", choices=["vgg", "alex"], default="vgg", help="LPIPS backbone")
-    _option(
-        parser,
-        "--lpips-px",
-        type=int,
-        default=None,
-        help="side at which LPIPS looks; default: the pictures', at most 256",
-    )
-    parser.add_argument("--intra", choices=["cdc", "crdi"], default="cdc", help="protocol of Intra-LPIPS")
-    theirs = "folder or hub name on this machine; default: the published one"
-    parser.add_argument("--clip", nargs="?", const="", metavar="NAME", help=f"CMMD and CLIP alignment ({theirs})")
-    parser.add_argument("--dino", nargs="?", const="", metavar="NAME", help=f"FD-DINOv2 ({theirs})")
 
 
 def _protocol(args: argparse.Namespace):
@@ -213,20 +160,36 @@ def _check(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     from domainstudio.app.console import Console
-    from domainstudio.app.recipe import Recipe, build_recipe
     from domainstudio.app.runs import train_run
 
-    given = {name: getattr(args, name) for name in Recipe.model_fields if getattr(args, name) is not None}
-    recipe = build_recipe(args.recipe, given)
+    recipe = _recipe(args)
     with Console() as console:
-        for warning in recipe.warnings():
-            console.log(f"warning: {warning}")
+        console.warn(recipe)
         drawing = console.part("drawing source samples")
         folder = train_run(recipe, args.resume_from_checkpoint, (console.observe(recipe),), drawing, console.log)
     print(f"result: {folder.finished().resolve()}")
     if (best := folder.best.chosen_step()) is not None:
         print(f"best:   {folder.best.path.resolve()} (step {best})")
     print(f"report: domainstudio compare {folder.path} --output {folder.report}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from domainstudio.app.console import Console
+    from domainstudio.app.doctor import diagnose
+
+    recipe = _recipe(args)
+    with Console() as console:
+        console.warn(recipe)
+        result = diagnose(recipe, console.part("measuring"))
+    print(json.dumps(result.to_json()) if args.json else result.render())
+
+
+def _recipe(args: argparse.Namespace):
+    from domainstudio.app.recipe import Recipe, build_recipe
+
+    return build_recipe(
+        args.recipe, {name: getattr(args, name) for name in Recipe.model_fields if getattr(args, name) is not None}
+    )
 
 
 def _sample(args: argparse.Namespace) -> None:

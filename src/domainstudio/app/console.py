@@ -43,6 +43,11 @@ class Console:
         """One line."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
+    def warn(self, recipe: Recipe) -> None:
+        """What of a recipe has no effect."""
+        for warning in recipe.warnings():
+            self.log(f"warning: {warning}")
+
     def progress(self, what: str, done: int, total: int) -> None:
         """Shows `done` of `total` on the bar called `what`."""
         self._show(what, done, total)

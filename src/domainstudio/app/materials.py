@@ -183,10 +183,13 @@ def draw_source_samples(
         partial = folder.prior.with_suffix(".partial")
         save_file({"x0": x0}, partial)
         partial.rename(folder.prior)
+    return told_samples(load_file(folder.prior)["x0"], recipe, prompts)
+
+
+def told_samples(x0: Tensor, recipe: Recipe, prompts: Sequence[str]) -> SourceSamples:
+    """Source samples (M, C, h, w) drawn of M `prompts` (text models alone), with what the student is told of each."""
     template = recipe.instance_prompt or ""
-    return SourceSamples(
-        load_file(folder.prior)["x0"], tuple(fill(template, prompt) for prompt in prompts), tuple(prompts)
-    )
+    return SourceSamples(x0, tuple(fill(template, prompt) for prompt in prompts), tuple(prompts))
 
 
 def prior_prompts(recipe: Recipe, pictures: TrainingPictures) -> list[str]:

@@ -1,6 +1,7 @@
 """Use case: train a run, from beginning or checkpoint to its result."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
 from domainstudio.app.materials import (
+    SourceSamples,
     TrainingPictures,
     draw_source_samples,
     open_domain,
@@ -32,8 +34,8 @@ from domainstudio.quiet import quiet
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheets
-from domainstudio.training.state import written_whole
-from domainstudio.training.train import Observer, TrainConfig, find_optimizer, train
+from domainstudio.training.state import TrainState, written_whole
+from domainstudio.training.train import Observer, TrainConfig, Training, find_optimizer, train
 
 
 def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> Adaptation:
@@ -72,6 +74,80 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
     )
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a recipe trains, read and checked; nothing is written yet, and no adapter is in the network."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: DiffusionModel
+    domain: Domain
+    pictures: TrainingPictures
+    objective: Objective
+    prior: list[str]
+    """What each source sample is drawn of (text models alone)."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether source samples are drawn."""
+        return self.objective.needs_prior or self.recipe.erase_steps > 0
+
+    def adapt(self) -> tuple[DiffusionModel, Adaptation]:
+        """The model to train and its adaptation; changes the network, so source samples are drawn before."""
+        model, recipe = self.model, self.recipe
+        if recipe.train_text_encoder:
+            model = model.with_text_encoder()
+        if recipe.gradient_checkpointing:
+            model.checkpoint_gradients()
+        needs_source = self.objective.needs_source or recipe.erase_steps > 0
+        return model, build_adaptation(model, recipe, needs_source)
+
+    def train(
+        self,
+        model: DiffusionModel,
+        adaptation: Adaptation,
+        config: TrainConfig,
+        samples: SourceSamples | None,
+        observers: Sequence[Observer],
+        resume: TrainState | None = None,
+    ) -> Training:
+        """Trains what `adapt` gave."""
+        return train(
+            model,
+            adaptation,
+            self.pictures.images,
+            self.objective,
+            config,
+            prior=None if samples is None else samples.encoded(model),
+            prompts=self.pictures.encoded(model),
+            observers=observers,
+            resume=resume,
+            accelerator=self.accelerator,
+        )
+
+
+def open_recipe(recipe: Recipe, log: Callable[[str], None] = lambda message: None) -> Opened:
+    """Reads the model and the pictures of a recipe, and checks its settings against them.
+
+    Raises:
+        UserError: for pictures, prompts or settings that cannot be used; MissingWeights if the watch is to stop the
+            run and cannot see.
+    """
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    model = recipe_source(recipe, accelerator.device)
+    domain = open_domain(recipe, model)
+    pictures = open_pictures(recipe, model, domain, log)
+    objective = recipe_objective(recipe, model)
+    find_optimizer(recipe.optimizer)
+    if recipe.stop_when_overfitting:
+        find_weights("lpips-vgg")
+    draws = objective.needs_prior or recipe.erase_steps > 0
+    prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
+    if model.condition is not None:  # prompts that cannot be used are told now
+        model.encode_prompts(_all_prompts(recipe, pictures, prior))
+    return Opened(recipe, accelerator, model, domain, pictures, objective, prior)
+
+
 def train_run(
     recipe: Recipe,
     resume_from_checkpoint: str | None = None,
@@ -86,16 +162,7 @@ def train_run(
     """
     folder = RunFolder(Path(recipe.output_dir))
     resume = find_start(folder, recipe, resume_from_checkpoint, log)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    model = recipe_source(recipe, accelerator.device)
-    domain = open_domain(recipe, model)
-    pictures = open_pictures(recipe, model, domain, log)
-    objective = recipe_objective(recipe, model)
-    find_optimizer(recipe.optimizer)
-    draws = objective.needs_prior or recipe.erase_steps > 0
-    prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
-    if model.condition is not None:  # prompts that cannot be used are told now
-        model.encode_prompts(_all_prompts(recipe, pictures, prior))
+    opened = open_recipe(recipe, log)
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is not None:
         drop_what_follows(folder, resume.step, recipe.max_train_steps)
@@ -103,26 +170,12 @@ def train_run(
     partial.write_text(recipe.to_toml(), encoding="utf-8")
     partial.replace(folder.config)
     samples = None
-    if draws:  # drawn before an adapter is put into the network
-        samples = draw_source_samples(folder, model, recipe, prior, drawing)
-    if recipe.train_text_encoder:
-        model = model.with_text_encoder()
-    if recipe.gradient_checkpointing:
-        model.checkpoint_gradients()
-    adaptation = build_adaptation(model, recipe, needs_source=objective.needs_source or recipe.erase_steps > 0)
-    watching = _watching(folder, model, adaptation, recipe, domain, log)
-    run = train(
-        model,
-        adaptation,
-        pictures.images,
-        objective,
-        _train_config(recipe),
-        prior=None if samples is None else samples.encoded(model),
-        prompts=pictures.encoded(model),
-        observers=(*_watchers(folder, model, adaptation, recipe), *observers, *watching),
-        resume=resume,
-        accelerator=accelerator,
-    )
+    if opened.draws:  # drawn before an adapter is put into the network
+        samples = draw_source_samples(folder, opened.model, recipe, opened.prior, drawing)
+    model, adaptation = opened.adapt()
+    watching = _watching(folder, model, adaptation, recipe, opened.domain, log)
+    observers = (*_watchers(folder, model, adaptation, recipe), *observers, *watching)
+    run = opened.train(model, adaptation, train_config(recipe), samples, observers, resume)
     with run.averaged():
         _save_result(folder, model, adaptation)
     for watch in watching:
@@ -145,7 +198,8 @@ def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -
     ]
 
 
-def _train_config(recipe: Recipe) -> TrainConfig:
+def train_config(recipe: Recipe) -> TrainConfig:
+    """How the recipe optimises."""
     return TrainConfig(
         max_train_steps=recipe.max_train_steps,
         train_batch_size=recipe.train_batch_size,
@@ -190,15 +244,9 @@ def _watching(
     domain: Domain,
     log: Callable[[str], None],
 ) -> tuple[Watching, ...]:
-    """The watch, if the recipe wants it.
-
-    Raises:
-        MissingWeights: if it is to stop the run and cannot see.
-    """
+    """The watch, if the recipe wants it."""
     if not recipe.watch:
         return ()
-    if recipe.stop_when_overfitting:
-        find_weights("lpips-vgg")
 
     def save(best: RunFolder) -> None:
         _save_result(best, model, adaptation)
