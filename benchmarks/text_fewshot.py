@@ -222,7 +222,8 @@ def verdicts(rows: list[Row]) -> list[str]:
     return lines
 
 
-PLAN = {domain: [] for domain in ("watercolour", "sunglasses")}
+METHODS = ("studio @ 40,60", "dreambooth @ 50,100", 'dreambooth adapter="full" @ 100')
+PLAN = {domain: METHODS for domain in ("watercolour", "sunglasses")}
 """What is measured where, as in fewshot.py."""
 
 
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=list(PLAN))
     parser.add_argument("--methods", nargs="+", help='instead of the plan: "studio adapter=\\"lora\\" @ 100,200"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-images", type=int, default=120)
+    parser.add_argument("--num-images", type=int, default=100)
     parser.add_argument("--build", type=Path, default=ROOT / "build/avatars")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
