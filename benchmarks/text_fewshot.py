@@ -223,7 +223,7 @@ def verdicts(rows: list[Row]) -> list[str]:
 
 
 METHODS = ("studio @ 40,60", "dreambooth @ 50,100", 'dreambooth adapter="full" @ 100')
-PLAN = {domain: METHODS for domain in ("watercolour", "sunglasses")}
+PLAN = dict.fromkeys(("watercolour", "sunglasses"), METHODS)
 """What is measured where, as in fewshot.py."""
 
 
