@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -15,18 +16,27 @@ from domainstudio.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if it succeeded, 1 if a check found errors, 2 with one message for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
+    who = f"process {_rank()}: " if _rank() else ""
     try:
         args = _parser(with_recipe=argv[:1] == ["train"]).parse_args(argv)
+        if who and args.command != "train":
+            print(f"{who}nothing to do: {args.command} runs in the first process alone", file=sys.stderr)
+            return 0
         return args.run(args) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        problem = str(error)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        return 2
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         print("stopped; continue a training run with --resume-from-checkpoint latest", file=sys.stderr)
         return 130
+    print(f"{who}error: {problem}", file=sys.stderr)
+    return 2
+
+
+def _rank() -> int:
+    """This process's number among those that a launcher started; 0 without one."""
+    return int(os.environ.get("RANK", 0))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -155,13 +165,8 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--num-images", type=_positive, default=200, help="samples drawn of a run (default: %(default)s)")
     _option(parser, "--seed", type=int, default=0)
     parser.add_argument("--lpips", choices=["vgg", "alex"], default="vgg", help="LPIPS backbone")
-    _option(
-        parser,
-        "--lpips-px",
-        type=int,
-        default=None,
-        help="side at which LPIPS looks; default: the pictures', at most 256",
-    )
+    side = "side at which LPIPS looks; default: the pictures', at most 256"
+    _option(parser, "--lpips-px", type=int, default=None, help=side)
     parser.add_argument("--intra", choices=["cdc", "crdi"], default="cdc", help="protocol of Intra-LPIPS")
     theirs = "folder or hub name on this machine; default: the published one"
     parser.add_argument("--clip", nargs="?", const="", metavar="NAME", help=f"CMMD and CLIP alignment ({theirs})")
@@ -215,14 +220,18 @@ def _train(args: argparse.Namespace) -> None:
     from domainstudio.app.console import Console
     from domainstudio.app.recipe import Recipe, build_recipe
     from domainstudio.app.runs import train_run
+    from domainstudio.training.processes import leave
 
     given = {name: getattr(args, name) for name in Recipe.model_fields if getattr(args, name) is not None}
     recipe = build_recipe(args.recipe, given)
     with Console() as console:
-        for warning in recipe.warnings():
+        for warning in () if _rank() else recipe.warnings():
             console.log(f"warning: {warning}")
         drawing = console.part("drawing source samples")
         folder = train_run(recipe, args.resume_from_checkpoint, (console.observe(recipe),), drawing, console.log)
+    leave()
+    if _rank():
+        return
     print(f"result: {folder.finished().resolve()}")
     if (best := folder.best.chosen_step()) is not None:
         print(f"best:   {folder.best.path.resolve()} (step {best})")

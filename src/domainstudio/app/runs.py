@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
@@ -20,6 +19,7 @@ from domainstudio.app.recipe import Recipe
 from domainstudio.app.watching import Watching
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain
+from domainstudio.errors import UserError
 from domainstudio.evaluation.watch import tell
 from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
@@ -32,7 +32,8 @@ from domainstudio.quiet import quiet
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.observers import Checkpoints, MetricsLog, SampleSheets
-from domainstudio.training.state import written_whole
+from domainstudio.training.processes import Processes, open_accelerator
+from domainstudio.training.state import TrainState, written_whole
 from domainstudio.training.train import Observer, TrainConfig, find_optimizer, train
 
 
@@ -79,54 +80,86 @@ def train_run(
 ) -> RunFolder:
     """Runs a recipe from beginning (or checkpoint) to end and leaves a finished run folder.
 
+    Several processes each call this; `observers`, `drawing` and `log` are called in the main one alone, which is also
+    the only one that writes. The folder has to be on a disk that all of them see.
+
     Raises:
         UserError: for pictures, settings or folders that cannot be used; before anything is written where possible.
     """
     folder = RunFolder(Path(recipe.output_dir))
+    accelerator = open_accelerator(recipe.mixed_precision)
+    processes = Processes.of(accelerator)
+    log = processes.on_main(log)
     resume = find_start(folder, recipe, resume_from_checkpoint, log)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     model = recipe_source(recipe, accelerator.device)
     domain = open_domain(recipe, model)
     pictures = open_pictures(recipe, model, domain, log)
     objective = recipe_objective(recipe, model)
+    config = _train_config(recipe)
     find_optimizer(recipe.optimizer)
     draws = objective.needs_prior or recipe.erase_steps > 0
+    processes.check_batches(**config.batches(recipe.num_class_images if draws else None))
     prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
+    _begin(folder, recipe, resume, processes)
+    samples = None
+    if draws:  # drawn before an adapter is put into the network
+        samples = draw_source_samples(folder, model, recipe, prior, drawing if processes.is_main else None, processes)
+    model, adaptation = _student(model, recipe, needs_source=objective.needs_source or recipe.erase_steps > 0)
+    watching = _watching(folder, model, adaptation, recipe, domain, log)
+    in_main = map(processes.on_main, (*observers, *watching))
+    run = train(
+        model,
+        adaptation,
+        pictures.images,
+        objective,
+        config,
+        prior=None if samples is None else samples.encoded(model),
+        prompts=pictures.encoded(model),
+        observers=(*_watchers(folder, model, adaptation, recipe, processes), *in_main),
+        resume=resume,
+        accelerator=accelerator,
+    )
+    if processes.is_main:
+        with run.averaged():
+            _save_result(folder, model, adaptation)
+    processes.wait()
+    for watch in watching:
+        if watch.readings:
+            log(tell(watch.readings))
+    return folder
+
+
+def _student(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> tuple[DiffusionModel, Adaptation]:
+    """The model as it is trained, and who is student and who is source in it."""
+    if recipe.train_text_encoder:
+        model = model.with_text_encoder()
+    if recipe.gradient_checkpointing:
+        model.checkpoint_gradients()
+    return model, build_adaptation(model, recipe, needs_source)
+
+
+def _begin(folder: RunFolder, recipe: Recipe, resume: TrainState | None, processes: Processes) -> None:
+    """Makes the folder ready for the steps to come, once every process has found that they can be done.
+
+    Raises:
+        UserError: if the processes do not see the same folder.
+    """
+    starts = processes.everyone(resume.step if resume else 0)
+    if len(set(starts)) > 1:
+        raise UserError(
+            f"the processes would start from different steps ({', '.join(map(str, starts))}): output_dir {folder.path} "
+            "has to be on a disk that all of them see"
+        )
+    if not processes.is_main:
+        return
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is not None:
         drop_what_follows(folder, resume.step, recipe.max_train_steps)
     partial = folder.config.with_suffix(".partial")
     partial.write_text(recipe.to_toml(), encoding="utf-8")
     partial.replace(folder.config)
-    samples = None
-    if draws:  # drawn before an adapter is put into the network
-        samples = draw_source_samples(folder, model, recipe, prior, drawing)
-    if recipe.train_text_encoder:
-        model = model.with_text_encoder()
-    if recipe.gradient_checkpointing:
-        model.checkpoint_gradients()
-    adaptation = build_adaptation(model, recipe, needs_source=objective.needs_source or recipe.erase_steps > 0)
-    watching = _watching(folder, model, adaptation, recipe, domain, log)
-    run = train(
-        model,
-        adaptation,
-        pictures.images,
-        objective,
-        _train_config(recipe),
-        prior=None if samples is None else samples.encoded(model),
-        prompts=pictures.encoded(model),
-        observers=(*_watchers(folder, model, adaptation, recipe), *observers, *watching),
-        resume=resume,
-        accelerator=accelerator,
-    )
-    with run.averaged():
-        _save_result(folder, model, adaptation)
-    for watch in watching:
-        if watch.readings:
-            log(tell(watch.readings))
-    return folder
 
 
 def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -> list[str]:
@@ -163,7 +196,9 @@ def _train_config(recipe: Recipe) -> TrainConfig:
     )
 
 
-def _watchers(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, recipe: Recipe) -> tuple[Observer, ...]:
+def _watchers(
+    folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, recipe: Recipe, processes: Processes
+) -> tuple[Observer, ...]:
     num_images, last = recipe.num_validation_images, recipe.max_train_steps
     sheets = SampleSheets(
         folder.samples,
@@ -175,9 +210,10 @@ def _watchers(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, 
         recipe.num_inference_steps,
         None if model.condition is None else validation_guidance(recipe, num_images),
         adaptation if model.condition is not None and isinstance(adaptation, LoraAdaptation) else None,
+        processes,
     )
     checkpoints = Checkpoints(folder.path, recipe.checkpointing_steps, last, recipe.checkpoints_total_limit)
-    return MetricsLog(folder.metrics), sheets, checkpoints
+    return processes.on_main(MetricsLog(folder.metrics)), sheets, processes.on_main(checkpoints)
 
 
 def _watching(

@@ -125,6 +125,10 @@ class Objective:
         return total, {name: value.detach() for name, value in parts.items()}
 
 
+Spread = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+"""Takes a function of a batch, row by row, to the same function computed by several processes (`Processes.spread`)."""
+
+
 def look(
     model: DiffusionModel,
     adaptation: Adaptation,
@@ -133,11 +137,13 @@ def look(
     prior: Batch | None,
     generator: torch.Generator,
     noise_offset: float = 0.0,
+    spread: Spread = lambda function: function,
 ) -> Views:
     """Noises training pictures and, if given, source samples; one student pass over all that the objective asks for.
 
     Source samples are noised once, whatever they are shown for. `generator` is on the CPU, so a seed means the same on
-    every device. `noise_offset` adds a constant of that size to each channel's noise.
+    every device. `noise_offset` adds a constant of that size to each channel's noise. `spread` says how networks and
+    decoder see the batch.
     """
     batches = (training,) if prior is None else (training, prior)
     clean = torch.cat([batch.x0 for batch in batches])
@@ -149,7 +155,7 @@ def look(
     alpha, sigma = model.schedule.levels(t)
     x_t = add_noise(clean, noise, alpha, sigma)
     wanted = target(model.prediction, clean, noise, alpha, sigma)
-    to_space = _into(objective.space, model, generator)
+    to_space = _into(objective.space, model, generator, spread)
 
     rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
 
@@ -157,12 +163,9 @@ def look(
         """One pass over all that is asked: sets of pictures, each with its prompts."""
         parts = [rows[name] for name, _ in asked]
         prompts = [prompts for _, prompts in asked if prompts is not None]
-        joined = model.estimate(
-            network,
-            torch.cat([x_t[part] for part in parts]),
-            torch.cat([t[part] for part in parts]),
-            torch.cat(prompts) if prompts else None,
-        )
+        shown, times = torch.cat([x_t[part] for part in parts]), torch.cat([t[part] for part in parts])
+        run = spread(lambda *batch: network(*batch).sample)
+        joined = model.read(run(shown, times, torch.cat(prompts) if prompts else None), shown, times)
         return joined.split([len(clean[part]) for part in parts])
 
     def view(name: str, student: Estimate, source: Estimate | None) -> View:
@@ -190,7 +193,9 @@ def look(
     return Views(views[0], pairs, views[-1] if objective.prior != "none" else None)
 
 
-def _into(space: Space, model: DiffusionModel, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def _into(
+    space: Space, model: DiffusionModel, generator: torch.Generator, spread: Spread
+) -> Callable[[Tensor], Tensor]:
     """From model space to where image terms are computed; one crop a step, a quarter of the side (at least 4)."""
     if space == "model":
         return lambda x: x
@@ -211,7 +216,7 @@ def _into(space: Space, model: DiffusionModel, generator: torch.Generator) -> Ca
         with torch.autocast(device, **precision):
             return model.codec.decode(x if window is None else x[window]).to(x)
 
-    return decode
+    return spread(decode)
 
 
 def unweighted(parts: Mapping[str, Tensor]) -> dict[str, float]:
