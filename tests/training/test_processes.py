@@ -82,7 +82,7 @@ def test_one_that_stops_ends_all(company):
 def test_more_processes_than_pictures_are_refused(company):
     for seen in company:
         assert "train_batch_size=1 over 2 processes" in seen["refused"]
-        assert "use train_batch_size >= 2, or start 1 processes or fewer" in seen["refused"]
+        assert "use train_batch_size >= 2, or start at most 1" in seen["refused"]
 
 
 @pytest.mark.parametrize("num", [3, 4, 7, 12])

@@ -64,7 +64,7 @@ class Recipe(BaseModel):
         None, description="layers with an adapter; default: attention (text models), all (others)"
     )
     max_train_steps: int = Field(95, ge=1, description="optimiser steps: 95 for a near style, 500 for a far one")
-    train_batch_size: int = Field(10, ge=1, description="training pictures a step")
+    train_batch_size: int = Field(10, ge=1, description="training pictures a step, in all processes together")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step; pairs are formed within each")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")
     optimizer: OptimizerName = Field("adamw", description="adamw8bit and prodigy need domainstudio[optimizers]")
@@ -93,7 +93,7 @@ class Recipe(BaseModel):
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     num_class_images: int = Field(100, ge=3, description="source samples drawn once, where the method looks at any")
-    pair_batch_size: int = Field(10, ge=3, description="source samples a step, where the method looks at any")
+    pair_batch_size: int = Field(10, ge=3, description="source samples a step, in all processes, where the method looks at any")
     resolution: int | None = Field(None, ge=8, description="side of the pictures; default and only choice: the model's")
     seed: int = Field(0, ge=0, description="seed of everything random")
     mixed_precision: MixedPrecision = Field("no", description="no, bf16 or fp16")

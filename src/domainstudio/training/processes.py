@@ -23,9 +23,9 @@ from domainstudio.errors import UserError
 from domainstudio.training.state import written_whole
 
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for another, which may have a picture sheet to judge or a checkpoint to write."""
+"""How long a process waits for another, which may have a sheet of pictures to judge or a checkpoint to write."""
 _BUCKET = 2**25
-"""Numbers sent at once."""
+"""About how many numbers are sent at once."""
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Processes:
             if size < self.count:
                 raise UserError(
                     f"{name}={size} over {self.count} processes leaves some without a picture: it is the global batch; "
-                    f"use {name} >= {self.count}, or start {size} processes or fewer"
+                    f"use {name} >= {self.count}, or start at most {size}"
                 )
 
     def spread(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
