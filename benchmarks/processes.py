@@ -4,7 +4,7 @@
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 benchmarks/processes.py     (CPUs)
 
 The global batch stays the same, so the steps are the same whatever the number of processes. One JSON line, from the
-first process.
+first process. On a busy machine read its `cpu_seconds_a_step`: what this process had to compute, waiting left out.
 """
 
 import argparse
@@ -47,16 +47,21 @@ def main() -> None:
 
     adaptation = FullAdaptation(model.network) if args.adapter == "full" else LoraAdaptation(model.network, 16, 16, 0)
     config = TrainConfig(args.steps + 3, args.batch_size, 1e-5, pair_batch_size=args.batch_size)
-    prior, times = Batch(pool) if objective.needs_prior else None, []
-    clock = [lambda event: times.append(time.perf_counter())]
-    train(model, adaptation, images, objective, config, prior, observers=clock, accelerator=accelerator)
-    seconds = [b - a for a, b in itertools.pairwise(times)][3:]  # the first ones warm up
+    prior, times, work = Batch(pool) if objective.needs_prior else None, [], []
+    clocks = [lambda event: times.append(time.perf_counter()), lambda event: work.append(time.process_time())]
+    train(model, adaptation, images, objective, config, prior, observers=clocks, accelerator=accelerator)
     if processes.is_main:
         row = {"processes": processes.count, "threads": torch.get_num_threads(), "device": accelerator.device.type}
         row |= {"method": args.method, "adapter": args.adapter, "batch": args.batch_size}
-        row |= {"seconds_a_step": round(statistics.median(seconds), 4), "drawn_a_second": args.num_images / drawing}
+        row |= {"seconds_a_step": typical(times), "cpu_seconds_a_step": typical(work)}
+        row |= {"drawn_a_second": round(args.num_images / drawing, 2)}
         print(json.dumps(row))
     leave()
+
+
+def typical(times: list[float]) -> float:
+    """The median step; the first ones warm up."""
+    return round(statistics.median([b - a for a, b in itertools.pairwise(times)][3:]), 4)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Recipe(BaseModel):
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     num_class_images: int = Field(100, ge=3, description="source samples drawn once, where the method looks at any")
-    pair_batch_size: int = Field(10, ge=3, description="source samples a step, in all processes, where the method looks at any")
+    pair_batch_size: int = Field(10, ge=3, description="source samples a step, where the method looks at any")
     resolution: int | None = Field(None, ge=8, description="side of the pictures; default and only choice: the model's")
     seed: int = Field(0, ge=0, description="seed of everything random")
     mixed_precision: MixedPrecision = Field("no", description="no, bf16 or fp16")
