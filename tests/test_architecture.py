@@ -7,7 +7,7 @@ from pathlib import Path
 import domainstudio
 
 ROOT = Path(domainstudio.__file__).parent
-ORDER = "__init__ errors quiet|diffusion losses|models data|training|evaluation|app"
+ORDER = "__init__ errors quiet|diffusion losses|models data|training|evaluation|app|__main__"
 RANK = {room: rank for rank, rooms in enumerate(ORDER.split("|")) for room in rooms.split()}
 THIRD_PARTIES = {  # where each may be imported; any other, torchmetrics for one, nowhere
     "torch": ("diffusion/", "losses/", "models/", "data/", "training/", "evaluation/", "app/"),

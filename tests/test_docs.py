@@ -20,7 +20,7 @@ def commands() -> list[tuple[str, str]]:
     """(file, arguments) of every command shown."""
     return [
         (path.relative_to(ROOT).as_posix(), found.split(" #")[0].strip())
-        for path in [*PAGES, *RECIPES, ROOT / "Makefile"]
+        for path in [*PAGES, *RECIPES, *ROOT.glob("examples/*"), ROOT / "Makefile"]
         for found in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
     ]
 

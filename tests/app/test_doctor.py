@@ -116,7 +116,7 @@ class TestProbe:
         def full(*_, **__):
             raise torch.OutOfMemoryError
 
-        monkeypatch.setattr("domainstudio.app.runs.train", full)
+        monkeypatch.setattr("domainstudio.app.opened.train", full)
         assert probe(tiny()).cost is None
 
     def test_a_killed_child_is_memory_that_ran_out(self, tiny, monkeypatch):

@@ -282,15 +282,15 @@ class TestPrompts:
 
     def test_a_subject_and_a_style_train_together(self, recipe, captioned, monkeypatch):
         seen, log = [], []
-        from domainstudio.app import runs
+        from domainstudio.app import opened
 
-        train = runs.train
+        train = opened.train
 
         def spy(model, adaptation, images, *args, **kwargs):
             seen.append((len(images), len(kwargs["prompts"].student)))
             return train(model, adaptation, images, *args, **kwargs)
 
-        monkeypatch.setattr(runs, "train", spy)
+        monkeypatch.setattr(opened, "train", spy)
         subject = {"subject_data_dir": str(captioned), "subject_prompt": "a xyz dog"}
         folder = train_run(recipe(**subject), log=log.append)
         assert seen == [(13, 13)]

@@ -131,7 +131,7 @@ def test_without_weights_the_run_goes_on_unwatched(train, monkeypatch, tmp_path,
     def nowhere(name):
         missing(name)
 
-    monkeypatch.setattr("domainstudio.app.runs.find_weights", nowhere)
+    monkeypatch.setattr("domainstudio.app.opened.find_weights", nowhere)
     stopping = flags(**given, **settings, output_dir=tmp_path / "other", stop_when_overfitting=True)
     result = domainstudio("train", *stopping)
     assert result.code == 2

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +16,27 @@ from domainstudio.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if it succeeded, 1 if a check found errors, 2 with one message for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
+    who = f"process {_rank()}: " if _rank() else ""
     try:
         args = _parser(with_recipe=argv[:1] in (["train"], ["doctor"])).parse_args(argv)
+        if who and args.command != "train":
+            print(f"{who}nothing to do: {args.command} runs in the first process alone", file=sys.stderr)
+            return 0
         return args.run(args) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        problem = str(error)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        return 2
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         print("stopped; continue a training run with --resume-from-checkpoint latest", file=sys.stderr)
         return 130
+    print(f"{who}error: {problem}", file=sys.stderr)
+    return 2
+
+
+def _rank() -> int:
+    """This process's number among those that a launcher started; 0 without one."""
+    return int(os.environ.get("RANK", 0))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,12 +171,17 @@ def _check(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> None:
     from domainstudio.app.console import Console
     from domainstudio.app.runs import train_run
+    from domainstudio.training.processes import leave
 
     recipe = _recipe(args)
     with Console() as console:
-        console.warn(recipe)
+        if not _rank():
+            console.warn(recipe)
         drawing = console.part("drawing source samples")
         folder = train_run(recipe, args.resume_from_checkpoint, (console.observe(recipe),), drawing, console.log)
+    leave()
+    if _rank():
+        return
     print(f"result: {folder.finished().resolve()}")
     if (best := folder.best.chosen_step()) is not None:
         print(f"best:   {folder.best.path.resolve()} (step {best})")

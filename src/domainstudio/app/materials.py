@@ -17,7 +17,7 @@ from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import Progress, TextGuidance, decode, sample
 from domainstudio.training.objective import Batch, Prompts
-from domainstudio.training.state import written_whole
+from domainstudio.training.processes import ALONE, Processes
 
 POOL_SEED = 500_000
 """Added to the run's seed for source samples, so that they are far from those that results are sampled with."""
@@ -160,30 +160,43 @@ class SourceSamples:
 
 
 def draw_source_samples(
-    folder: RunFolder, model: DiffusionModel, recipe: Recipe, prompts: Sequence[str], drawing: Progress | None
+    folder: RunFolder,
+    model: DiffusionModel,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    drawing: Progress | None,
+    processes: Processes = ALONE,
 ) -> SourceSamples:
     """The pool of source samples: drawn once a run, and kept in its folder, as pictures too.
 
-    `prompts` say what each is (text models alone).
+    `prompts` say what each is (text models alone). Each of `processes` draws a part, and calls this.
     """
-    if not folder.prior.exists():
-        x0 = sample(
-            model,
-            model.network,
+    if processes.from_main(folder.prior.exists):
+        x0 = load_file(folder.prior)["x0"]
+    else:
+        x0 = processes.share(
             recipe.num_class_images,
-            seed=recipe.seed + POOL_SEED,
-            num_inference_steps=recipe.num_inference_steps,
-            progress=drawing,
-            guidance=TextGuidance(prompts, recipe.guidance_scale) if prompts else None,
+            lambda rows: sample(
+                model,
+                model.network,
+                recipe.num_class_images,
+                seed=recipe.seed + POOL_SEED,
+                num_inference_steps=recipe.num_inference_steps,
+                progress=drawing,
+                guidance=TextGuidance(prompts, recipe.guidance_scale) if prompts else None,
+                pictures=rows,
+            ),
         )
         device = next(model.network.parameters()).device
-        with written_whole(folder.prior_pictures) as pictures:
-            for index, image in enumerate(to_pil(decode(model, x0, device))):
+        images = processes.share(len(x0), lambda rows: decode(model, x0[rows.start : rows.stop], device))
+        with processes.written(folder.prior_pictures) as pictures:
+            for index, image in enumerate(to_pil(images)):
                 image.save(pictures / f"{index:03d}.png")
-        partial = folder.prior.with_suffix(".partial")
-        save_file({"x0": x0}, partial)
-        partial.rename(folder.prior)
-    return told_samples(load_file(folder.prior)["x0"], recipe, prompts)
+        if processes.is_main:
+            partial = folder.prior.with_suffix(".partial")
+            save_file({"x0": x0}, partial)
+            partial.rename(folder.prior)
+    return told_samples(x0, recipe, prompts)
 
 
 def told_samples(x0: Tensor, recipe: Recipe, prompts: Sequence[str]) -> SourceSamples:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.materials import POOL_SEED, SourceSamples, told_samples
 from domainstudio.app.memory import Peak, process_peak_bytes, standing_bytes
+from domainstudio.app.opened import Opened, open_recipe, train_config
 from domainstudio.app.recipe import Recipe
-from domainstudio.app.runs import Opened, open_recipe, train_config
 from domainstudio.errors import UserError
 from domainstudio.evaluation.watch import Watch
 from domainstudio.models.codec import VaeCodec, fitting_batch
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import TextGuidance, decode, sample
+from domainstudio.training.processes import open_accelerator
 from domainstudio.training.train import StepEvent, StopTraining
 
 LEAST_STEPS, MOST_STEPS, TIMED_SECONDS = 2, 20, 2.0
@@ -106,7 +107,7 @@ def probe(recipe: Recipe, tell: Tell = lambda facts: None) -> Probe:
     cost, began = Cost(), time.perf_counter()
     standing = 0 if torch.cuda.is_available() else standing_bytes(torch.device("cpu"))
     try:
-        opened = open_recipe(recipe)
+        opened = open_recipe(recipe, open_accelerator(recipe.mixed_precision))
     except torch.OutOfMemoryError as error:
         raise _too_large(recipe) from error
     cost.loading_seconds = time.perf_counter() - began

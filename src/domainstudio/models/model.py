@@ -77,7 +77,11 @@ class DiffusionModel:
 
     def estimate(self, network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None = None) -> Estimate:
         """Runs `network` on x_t (B, C, h, w) at times t (B,), told what `encode_prompts` gave, (B, ...)."""
-        output, variance = network(x_t, t, told).sample, None
+        return self.read(network(x_t, t, told).sample, x_t, t)
+
+    def read(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
+        """What a network's output (B, C or 2 C, h, w) for x_t at times t says."""
+        variance = None
         if self.learned_variance:
             output, variance = output.chunk(2, dim=1)
         alpha, sigma = self.schedule.levels(t)

@@ -65,15 +65,17 @@ def sample(
     batch_size: int | None = None,
     progress: Progress | None = None,
     guidance: TextGuidance | None = None,
+    pictures: range | None = None,
 ) -> Tensor:
     """Draws clean pictures in model space with `network`, deterministically (DDIM with eta 0, or Euler for flows).
 
     Args:
         batch_size: memory and speed only; by default what suits the pictures' size (`fitting_batch`).
         guidance: needed by text-to-image models, and by them alone.
+        pictures: which of the `num_images` to draw; by default all.
 
     Returns:
-        (num_images, C, h, w) on the CPU.
+        (num_images, C, h, w), or as many as `pictures`, on the CPU.
 
     Raises:
         UserError: if `guidance` is missing or of no use, or its prompts cannot be used.
@@ -83,8 +85,8 @@ def sample(
     first, was_training = next(network.parameters()), network.training
     device = first.device
     network.eval()
-    parts = []
-    for rows in torch.arange(num_images).split(batch_size or fitting_batch(model.resolution)):
+    parts, wanted = [], range(num_images) if pictures is None else pictures
+    for rows in torch.tensor(wanted).split(batch_size or fitting_batch(model.resolution)):
         scheduler = fast_scheduler(model)
         scheduler.set_timesteps(num_inference_steps, device=device)
         predict = _predictor(model, network, guidance, num_images, rows.tolist())
@@ -96,7 +98,7 @@ def sample(
             x = scheduler.step(output.float(), t, x).prev_sample
         parts.append(x.cpu())
         if progress:
-            progress(sum(map(len, parts)), num_images)
+            progress(sum(map(len, parts)), len(wanted))
     network.train(was_training)
     return torch.cat(parts)
 

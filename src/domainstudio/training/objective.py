@@ -140,6 +140,10 @@ class Objective:
         return total, {name: value.detach() for name, value in parts.items()}
 
 
+Spread = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+"""Takes a function of a batch, row by row, to the same function computed by several processes (`Processes.spread`)."""
+
+
 def look(
     model: DiffusionModel,
     adaptation: Adaptation,
@@ -148,11 +152,13 @@ def look(
     prior: Batch | None,
     generator: torch.Generator,
     noise_offset: float = 0.0,
+    spread: Spread = lambda function: function,
 ) -> Views:
     """Noises training pictures and, if given, source samples; one student pass over all that the objective asks for.
 
     Source samples are noised once, whatever they are shown for. `generator` is on the CPU, so a seed means the same on
-    every device. `noise_offset` adds a constant of that size to each channel's noise.
+    every device. `noise_offset` adds a constant of that size to each channel's noise. `spread` says how networks and
+    decoder see the batch.
     """
     batches = (training,) if prior is None else (training, prior)
     clean = torch.cat([batch.x0 for batch in batches])
@@ -162,19 +168,23 @@ def look(
         noise += noise_offset * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
     noise = noise.to(clean)
     alpha, sigma = model.schedule.levels(t)
+
+    def run(network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None) -> Estimate:
+        return model.read(spread(lambda *batch: network(*batch).sample)(x_t, t, told), x_t, t)
+
     if objective.adversarial_steps:
         first = slice(len(training.x0))
 
         def error(tried: Tensor) -> Tensor:
             x_t = add_noise(clean[first], tried, alpha[first], sigma[first])
-            output = model.estimate(adaptation.network, x_t, t[first], training.prompts.student).output
+            output = run(adaptation.network, x_t, t[first], training.prompts.student).output
             said = to_noise(model.prediction, output, x_t, alpha[first], sigma[first])
             return (tried - said).square().sum((1, 2, 3))
 
         noise[first] = hardest_noise(error, noise[first], objective.adversarial_steps)
     x_t = add_noise(clean, noise, alpha, sigma)
     wanted = target(model.prediction, clean, noise, alpha, sigma)
-    to_space = _into(objective.space, model, generator)
+    to_space = _into(objective.space, model, generator, spread)
 
     rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
 
@@ -182,7 +192,7 @@ def look(
         """One pass over all that is asked: sets of pictures, each with its prompts."""
         parts = [rows[name] for name, _ in asked]
         prompts = [prompts for _, prompts in asked if prompts is not None]
-        joined = model.estimate(
+        joined = run(
             network,
             torch.cat([x_t[part] for part in parts]),
             torch.cat([t[part] for part in parts]),
@@ -215,7 +225,9 @@ def look(
     return Views(views[0], pairs, views[-1] if objective.prior != "none" else None)
 
 
-def _into(space: Space, model: DiffusionModel, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def _into(
+    space: Space, model: DiffusionModel, generator: torch.Generator, spread: Spread
+) -> Callable[[Tensor], Tensor]:
     """From model space to where image terms are computed; one crop a step, a quarter of the side (at least 4)."""
     if space == "model":
         return lambda x: x
@@ -236,7 +248,7 @@ def _into(space: Space, model: DiffusionModel, generator: torch.Generator) -> Ca
         with torch.autocast(device, **precision):
             return model.codec.decode(x if window is None else x[window]).to(x)
 
-    return decode
+    return spread(decode)
 
 
 def unweighted(parts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from domainstudio.data.domain import to_pil
 from domainstudio.models.adaptation import LoraAdaptation
 from domainstudio.models.lora_files import pass_through_file
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import TextGuidance, decode, sample
-from domainstudio.training.state import save_checkpoint, written_whole
+from domainstudio.training.processes import ALONE, Processes
+from domainstudio.training.state import save_checkpoint
 from domainstudio.training.train import StepEvent
 
 
@@ -59,6 +61,7 @@ def sheet_folder(samples: Path, step: int) -> Path:
 class SampleSheets:
     """Writes samples/step_N/ from the same noise every time: before the first step, every `every` steps, at the end.
 
+    Each of `processes` draws a part, so it is to be called in all of them; the main process writes.
     With `lora` (of a text-to-image model), each holds the LoRA file too, from which its pictures are drawn.
     """
 
@@ -73,32 +76,37 @@ class SampleSheets:
         num_inference_steps: int,
         guidance: TextGuidance | None = None,
         lora: LoraAdaptation | None = None,
+        processes: Processes = ALONE,
     ):
         self.folder, self.model = folder, model
         self.num_images, self.every, self.last = num_images, every, last
         self.seed, self.num_inference_steps = seed, num_inference_steps
-        self.guidance, self.lora = guidance, lora
+        self.guidance, self.lora, self.processes = guidance, lora, processes
 
     def __call__(self, event: StepEvent) -> None:
         """Samples with the averaged weights when a sheet is due."""
         folder = sheet_folder(self.folder, event.step)
         due = event.step % self.every == 0 or event.step == self.last
-        if not due or (not event.metrics and folder.exists()):
+        if not due or (not event.metrics and self.processes.from_main(folder.exists)):
             return
-        with event.averaged() as network, written_whole(folder) as sheet:
+        with event.averaged() as network, self.processes.written(folder) as sheet:
             if self.lora is not None:
                 pass_through_file(self.lora, sheet)
-            x0 = sample(
-                self.model,
-                network,
-                self.num_images,
-                self.seed,
-                self.num_inference_steps,
-                guidance=self.guidance,
-            )
-            images = decode(self.model, x0, next(network.parameters()).device)
+            images = self.processes.share(self.num_images, lambda pictures: self._draw(network, pictures))
             for index, image in enumerate(to_pil(images)):
                 image.save(sheet / f"{index:03d}.png")
+
+    def _draw(self, network: nn.Module, pictures: range) -> Tensor:
+        x0 = sample(
+            self.model,
+            network,
+            self.num_images,
+            self.seed,
+            self.num_inference_steps,
+            guidance=self.guidance,
+            pictures=pictures,
+        )
+        return decode(self.model, x0, next(network.parameters()).device)
 
 
 class Checkpoints:

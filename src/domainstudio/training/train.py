@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +19,7 @@ from domainstudio.models.model import DiffusionModel
 from domainstudio.training.ant import DomainClassifier
 from domainstudio.training.methods import erase_identifier
 from domainstudio.training.objective import Batch, Objective, Prompts, look, unweighted
+from domainstudio.training.processes import Processes, open_accelerator
 from domainstudio.training.state import TrainState
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
@@ -31,6 +32,7 @@ class TrainConfig:
 
     max_train_steps: int
     train_batch_size: int
+    """Of all processes together, as all sizes here."""
     learning_rate: float
     lr_warmup_steps: int = 0
     max_grad_norm: float = 1.0
@@ -55,6 +57,11 @@ class TrainConfig:
         """Averages over about the last 15 % of the run: a fixed 0.9999 would keep a short run at its source."""
         return min(0.9999, 1 - 1 / max(1.0, 0.15 * self.max_train_steps))
 
+    def batches(self, num_prior: int | None) -> dict[str, int]:
+        """How many pictures a batch has, by its setting; `num_prior` source samples are there to choose from."""
+        pairs = {} if num_prior is None else {"pair_batch_size": min(self.pair_batch_size, num_prior)}
+        return {"train_batch_size": self.train_batch_size, **pairs}
+
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -75,10 +82,11 @@ class StopTraining(Exception):
 
 
 class Training:
-    """A run in progress: student, optimiser and average. `train` drives it."""
+    """A run in progress: student, optimiser and average, the same in every process. `train` drives it."""
 
     def __init__(self, adaptation: Adaptation, config: TrainConfig, accelerator: Accelerator):
         self.adaptation, self.config, self.accelerator = adaptation, config, accelerator
+        self.processes = Processes.of(accelerator)
         self.parameters = adaptation.parameters()
         self.optimizer = accelerator.prepare_optimizer(
             find_optimizer(config.optimizer)(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -119,6 +127,7 @@ class Training:
     @torch.no_grad()
     def update(self) -> float:
         """One optimiser step; returns the gradient norm before clipping."""
+        self.processes.sum_gradients(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         assert norm is not None
         warmup = min(1.0, (self.step + 1) / max(1, self.config.lr_warmup_steps))
@@ -163,48 +172,55 @@ def train(
 ) -> Training:
     """Minimises `objective` on the training pictures.
 
-    Everything random in a step follows from (seed, step), so a resumed run is the uninterrupted one.
+    Everything random in a step follows from (seed, step), so a resumed run is the uninterrupted one, and several
+    processes (each calls this with the same arguments) make the steps that one would.
 
     Args:
         images: (N, 3, H, W) in [-1, 1], the training pictures.
         prior: M source samples in model space with their prompts, where the objective looks at such.
         prompts: of the training pictures, where the model takes any.
-        observers: called before the first step and after every one; one that raises StopTraining ends the run there.
+        observers: called before the first step and after every one; one that raises StopTraining ends the run there,
+            in all processes.
 
     Raises:
-        UserError: if the loss stops being finite, or the objective needs source samples and has none.
+        UserError: if the loss stops being finite, the objective needs source samples and has none, or there are more
+            processes than pictures in a batch.
     """
     erasing = erase_identifier(model) if config.erase_steps else None
     if (objective.needs_prior or erasing is not None) != (prior is not None):
         given = "given" if prior is not None else "missing"
         raise UserError(f"pairing {objective.pairing!r}, prior {objective.prior!r}, and source samples {given}")
-    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = accelerator or open_accelerator(config.mixed_precision)
     run = Training(adaptation, config, accelerator)
+    processes, device = run.processes, accelerator.device
+    processes.check_batches(**config.batches(None if prior is None else len(prior.x0)))
     if resume is not None:
         run.load(resume)
-    deck = _Deck(model, config, images.to(accelerator.device), prior, prompts)
+    deck = _Deck(model, config, images.to(device), prior, prompts)
     if objective.classifier is not None:
         deck.fit(objective.classifier, adaptation)
     adaptation.network.train()
-    with torch.random.fork_rng(), suppress(StopTraining):
-        _notify(observers, StepEvent(run.step, {}, run.state, run.averaged))
-        while run.step < config.max_train_steps:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        stopped = _notify(observers, StepEvent(run.step, {}, run.state, run.averaged), processes)
+        while run.step < config.max_train_steps and not stopped:
             generator = step_generator(config.seed, run.step)
-            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            torch.manual_seed(processes.own_seed(generator.initial_seed()))  # dropout draws from the global generator
             minimised = erasing if erasing and run.step < config.erase_steps else objective
             losses = []
             for part in range(config.gradient_accumulation_steps):
                 batch = deck.training(run.step * config.gradient_accumulation_steps + part, generator)
                 samples = deck.source_samples(generator) if minimised.samples_each_step else None
                 with accelerator.autocast():
-                    views = look(model, adaptation, minimised, batch, samples, generator, config.noise_offset)
+                    views = look(
+                        model, adaptation, minimised, batch, samples, generator, config.noise_offset, processes.spread
+                    )
                 loss, terms = minimised(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
                 losses.append(unweighted({"loss": loss.detach(), **terms}))
                 _check_finite(losses[-1], run.step + 1, config)
                 run.backward(loss / config.gradient_accumulation_steps)
             metrics = {name: statistics.fmean(part[name] for part in losses) for name in losses[0]}
             metrics["grad_norm"] = run.update()
-            _notify(observers, StepEvent(run.step, metrics, run.state, run.averaged))
+            stopped = _notify(observers, StepEvent(run.step, metrics, run.state, run.averaged), processes)
     return run
 
 
@@ -275,6 +291,12 @@ def find_optimizer(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
     raise ValueError(name)
 
 
-def _notify(observers: Sequence[Observer], event: StepEvent) -> None:
-    for observer in observers:
-        observer(event)
+def _notify(observers: Sequence[Observer], event: StepEvent, processes: Processes) -> bool:
+    """Tells the observers, up to one that stops the run; whether one did, in any process."""
+    stops = False
+    try:
+        for observer in observers:
+            observer(event)
+    except StopTraining:
+        stops = True
+    return any(processes.everyone(stops))

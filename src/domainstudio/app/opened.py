@@ -1,0 +1,172 @@
+"""What a recipe trains: read, checked, and ready for the loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from domainstudio.app.draw import validation_guidance
+from domainstudio.app.materials import (
+    SourceSamples,
+    TrainingPictures,
+    open_domain,
+    open_pictures,
+    prior_prompts,
+    recipe_source,
+)
+from domainstudio.app.recipe import Recipe
+from domainstudio.data.captions import fill
+from domainstudio.data.domain import Domain
+from domainstudio.evaluation.weights import find_weights
+from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
+from domainstudio.models.model import DiffusionModel
+from domainstudio.quiet import quiet
+from domainstudio.training.methods import build_objective
+from domainstudio.training.objective import Objective
+from domainstudio.training.state import TrainState
+from domainstudio.training.train import Observer, TrainConfig, Training, find_optimizer, train
+
+
+def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> Adaptation:
+    """Full fine-tuning (with a frozen copy only where a term looks at the source) or LoRA."""
+    if recipe.adapter == "full":
+        return FullAdaptation(model.network, keep_source=needs_source)
+    is_text = model.condition is not None
+    if is_text and recipe.mixed_precision != "no":  # the frozen weights are only ever used in that precision
+        with quiet():
+            model.network.to(torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float16)
+    layers = recipe.lora_layers or ("attention" if is_text else "all")
+    return LoraAdaptation(model.network, recipe.rank, recipe.scale_alpha, recipe.seed, layers)
+
+
+def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
+    """What the recipe minimises.
+
+    Raises:
+        UserError: if a setting is given that the method or the model has no use for.
+    """
+    return build_objective(
+        recipe.method,
+        model,
+        pairing=recipe.pairing,
+        centre_pairs=recipe.centre_pairs,
+        high_noise_weight=recipe.high_noise_weight,
+        snr_gamma=recipe.snr_gamma,
+        image_weight=recipe.image_weight,
+        hf_weight=recipe.hf_weight,
+        hfmse_weight=recipe.hfmse_weight,
+        space=recipe.space,
+        with_prior_preservation=recipe.with_prior_preservation,
+        prior_loss_weight=recipe.prior_loss_weight,
+        similarity_weight=recipe.similarity_weight,
+        adversarial_steps=recipe.adversarial_steps,
+    )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a recipe trains, read and checked; nothing is written yet, and no adapter is in the network."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: DiffusionModel
+    domain: Domain
+    pictures: TrainingPictures
+    objective: Objective
+    prior: list[str]
+    """What each source sample is drawn of (text models alone)."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether source samples are drawn."""
+        return self.objective.needs_prior or self.recipe.erase_steps > 0
+
+    def adapt(self) -> tuple[DiffusionModel, Adaptation]:
+        """The model to train and its adaptation; changes the network, so source samples are drawn before."""
+        model, recipe = self.model, self.recipe
+        if recipe.train_text_encoder:
+            model = model.with_text_encoder()
+        if recipe.gradient_checkpointing:
+            model.checkpoint_gradients()
+        needs_source = self.objective.needs_source or recipe.erase_steps > 0
+        return model, build_adaptation(model, recipe, needs_source)
+
+    def train(
+        self,
+        model: DiffusionModel,
+        adaptation: Adaptation,
+        config: TrainConfig,
+        samples: SourceSamples | None,
+        observers: Sequence[Observer],
+        resume: TrainState | None = None,
+    ) -> Training:
+        """Trains what `adapt` gave."""
+        return train(
+            model,
+            adaptation,
+            self.pictures.images,
+            self.objective,
+            config,
+            prior=None if samples is None else samples.encoded(model),
+            prompts=self.pictures.encoded(model),
+            observers=observers,
+            resume=resume,
+            accelerator=self.accelerator,
+        )
+
+
+def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], None] = lambda message: None) -> Opened:
+    """Reads the model and the pictures of a recipe, and checks its settings against them.
+
+    Raises:
+        UserError: for pictures, prompts or settings that cannot be used; MissingWeights if the watch is to stop the
+            run and cannot see.
+    """
+    model = recipe_source(recipe, accelerator.device)
+    domain = open_domain(recipe, model)
+    pictures = open_pictures(recipe, model, domain, log)
+    objective = recipe_objective(recipe, model)
+    find_optimizer(recipe.optimizer)
+    if recipe.stop_when_overfitting:
+        find_weights("lpips-vgg")
+    draws = objective.needs_prior or recipe.erase_steps > 0
+    prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
+    if model.condition is not None:  # prompts that cannot be used are told now
+        model.encode_prompts(_all_prompts(recipe, pictures, prior))
+    return Opened(recipe, accelerator, model, domain, pictures, objective, prior)
+
+
+def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -> list[str]:
+    """Whatever the text encoder will be asked for in a run."""
+    previews = validation_guidance(recipe, recipe.num_validation_images)
+    told = [fill(recipe.instance_prompt or "", prompt) for prompt in prior]
+    return [
+        *pictures.student_prompts,
+        *pictures.source_prompts,
+        *previews.prompts,
+        recipe.negative_prompt,
+        *prior,
+        *told,
+    ]
+
+
+def train_config(recipe: Recipe) -> TrainConfig:
+    """How the recipe optimises."""
+    return TrainConfig(
+        max_train_steps=recipe.max_train_steps,
+        train_batch_size=recipe.train_batch_size,
+        learning_rate=recipe.lr,
+        lr_warmup_steps=recipe.lr_warmup_steps,
+        max_grad_norm=recipe.max_grad_norm,
+        weight_decay=recipe.weight_decay,
+        use_ema=recipe.use_ema,
+        random_flip=recipe.random_flip,
+        pair_batch_size=recipe.pair_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        optimizer=recipe.optimizer,
+        erase_steps=recipe.erase_steps,
+        noise_offset=recipe.noise_offset,
+        mixed_precision=recipe.mixed_precision,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,95 @@
+"""Runs started by accelerate on two processes, against the same runs on one."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import FAST, domainstudio, flags, metrics, succeeds, tree
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest_plugins = ("text_kit", "text_run_kit")
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def launched(*argv: object) -> subprocess.CompletedProcess:
+    """A command on two processes."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    company = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*LAUNCH, "--main_process_port", str(port), "-m", "domainstudio", *map(str, argv)]
+    return subprocess.run(command, env={**os.environ, **company}, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory, pipelines, pictures) -> tuple[Path, Path]:
+    """The same full fine-tuning on one process and on two."""
+    root = tmp_path_factory.mktemp("one_and_two")
+    given = {"pretrained_model_name_or_path": pipelines("latent_v"), "instance_data_dir": pictures}
+    sizes = {"train_batch_size": 5, "num_class_images": 5, "num_validation_images": 3}
+    settings = flags(**given, **{**FAST, **sizes}, learning_rate=1e-4, random_flip=True)
+    succeeds("train", *settings, "--output-dir", root / "one")
+    result = launched("train", *settings, "--output-dir", root / "two")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("result: ") == 1, "the main process alone talks"
+    return root / "one", root / "two"
+
+
+def same_run(one: Path, other: Path) -> None:
+    """The same files with the same numbers, but for the order of float32 sums."""
+    assert set(tree(one)) == set(tree(other))
+    for file in one.rglob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(other / file.relative_to(one))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert (tensor - theirs[name]).abs().max() < 1e-5, (file.name, name)
+    for file in one.rglob("*.png"):
+        ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (file, other / file.relative_to(one)))
+        assert np.abs(ours - theirs).max() <= 1, file
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_two_processes_leave_the_run_folder_of_one(one_and_two):
+    same_run(*one_and_two)
+
+
+def test_one_process_continues_what_two_began(one_and_two, tmp_path):
+    one, two = one_and_two
+    shutil.copytree(two, tmp_path / "two")
+    begun = flags(output_dir=tmp_path / "two", resume_from_checkpoint="checkpoint-2")
+    succeeds("train", two / "config.toml", *begun)
+    same_run(one, tmp_path / "two")
+
+
+def test_two_processes_continue_what_one_began(train_text, tmp_path):
+    settings = {"adapter": "lora", "rank": 2, "learning_rate": 1e-4, "train_text_encoder": True}
+    one = train_text("one", **settings, prior_prompt="a {man|woman|dog}")
+    shutil.copytree(one, tmp_path / "one")
+    begun = flags(output_dir=tmp_path / "one", resume_from_checkpoint="checkpoint-2")
+    result = launched("train", one / "config.toml", *begun)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("continuing from") == 1
+    same_run(one, tmp_path / "one")
+
+
+def test_what_is_not_training_runs_in_the_first_process_alone(pictures, monkeypatch):
+    assert succeeds("check", pictures).out
+    monkeypatch.setenv("RANK", "1")
+    result = succeeds("check", pictures)
+    assert (result.out, result.err) == ("", "process 1: nothing to do: check runs in the first process alone\n")
+
+
+def test_mistakes_say_which_process_found_them(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = domainstudio("train", "--no-such-flag")
+    assert result.code == 2
+    assert result.err.startswith("process 1: error: ")

@@ -1,0 +1,127 @@
+"""Runs that one process and several have to make alike. As a script: one process of a company, which makes them all."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from training_kit import adapt, make_images, make_prior, perturb
+
+from domainstudio.errors import UserError
+from domainstudio.models.load import load_model
+from domainstudio.models.model import DiffusionModel
+from domainstudio.training.methods import build_objective
+from domainstudio.training.objective import Batch, Prompts
+from domainstudio.training.processes import leave
+from domainstudio.training.train import StopTraining, TrainConfig, Training, train
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two steps of a method."""
+
+    method: str
+    adapter: str
+    pipeline: str
+    objective: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    text_encoder: bool = False
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        extras = {**self.objective, **self.config}
+        flags = [flag for flag in ("text_encoder", "checkpointing") if getattr(self, flag)]
+        return " ".join((self.method, self.adapter, self.pipeline, *(f"{k}={v}" for k, v in extras.items()), *flags))
+
+
+CASES = [
+    *(Case("finetune", adapter, "pixel_flow", config={"random_flip": True}) for adapter in ("full", "lora")),
+    *(Case("studio", adapter, "latent_v", config={"random_flip": True}) for adapter in ("full", "lora")),
+    *(Case("ddpm_pa", adapter, "pixel_epsilon") for adapter in ("full", "lora")),
+    *(Case("domainstudio", adapter, "pixel_learned") for adapter in ("full", "lora")),
+    *(Case("domainstudio_released", adapter, "pixel_learned") for adapter in ("full", "lora")),
+    *(Case("dreambooth", adapter, "sd1_epsilon") for adapter in ("full", "lora")),
+    *(Case("domainstudio", adapter, "sd2_v") for adapter in ("full", "lora")),  # on decoded pictures
+    *(Case("studio", adapter, "sd1_epsilon") for adapter in ("full", "lora")),
+    Case("domainstudio", "full", "latent_v", {"space": "crop", "pairing": "source_samples"}),
+    Case("studio", "lora", "sd1_epsilon", {"space": "pixel"}, text_encoder=True, checkpointing=True),
+    Case("studio", "full", "pixel_x0", config={"gradient_accumulation_steps": 2, "noise_offset": 0.1}),
+    Case("studio", "lora", "sd1_epsilon", config={"erase_steps": 1, "train_batch_size": 4, "pair_batch_size": 5}),
+]
+TOO_MANY = Case("finetune", "lora", "pixel_epsilon", config={"train_batch_size": 1})
+STOPPED = Case("finetune", "lora", "pixel_epsilon")
+WORDS = ("a portrait", "a dog", "red hair", "a man", "a woman", "blue hair")
+
+
+def prompts(model: DiffusionModel) -> Prompts:
+    return Prompts(model.encode_prompts([f"{word}, xyz style" for word in WORDS]), model.encode_prompts(WORDS))
+
+
+def run_case(case: Case, folder: Path, observers=(), steps: int = 2) -> tuple[Training, list[dict[str, float]], Any]:
+    """The finished run, each step's metrics, and the first step's gradients (a tenth: Adam's first average)."""
+    model = load_model(folder)
+    for part in model.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.double()  # so that no rounding stands between them
+    if case.text_encoder:
+        model = model.with_text_encoder()
+    if case.checkpointing:
+        model.checkpoint_gradients()
+    adaptation = adapt(model, case.adapter)
+    adaptation.network.double()  # adapters are made in float32
+    perturb(adaptation, 0.05)
+    objective = build_objective(case.method, model, **case.objective)  # pyright: ignore[reportArgumentType]
+    settings = {"train_batch_size": 5, "pair_batch_size": 4, "learning_rate": 1e-3, "max_grad_norm": 1e9, **case.config}
+    config = TrainConfig(max_train_steps=steps, **settings)
+    told = prompts(model) if model.condition else None
+    prior = (
+        Batch(make_prior(model).x0.double(), told or Prompts()) if objective.needs_prior or config.erase_steps else None
+    )
+    metrics, gradients = [], []
+
+    def note(event) -> None:
+        if event.metrics:
+            metrics.append(event.metrics)
+        if event.step == 1:
+            gradients.extend(s["exp_avg"].clone() for s in event.state().optimizer["state"].values())
+
+    run = train(model, adaptation, make_images(model).double(), objective, config, prior, told, (note, *observers))
+    return run, metrics, gradients
+
+
+def steps_of(case: Case, folder: Path) -> dict[str, Any]:
+    run, metrics, gradients = run_case(case, folder)
+    return {"metrics": metrics, "gradients": gradients, "weights": weights(run)}
+
+
+def weights(run: Training) -> list[Tensor]:
+    return [p.detach().clone() for p in run.parameters]
+
+
+def stopped_by_main(case: Case, folder: Path, rank: int) -> int:
+    """The step at which this process ends, when the first one wants to end at step 2."""
+
+    def stop(event) -> None:
+        if rank == 0 and event.step == 2:
+            raise StopTraining
+
+    return run_case(case, folder, [stop], steps=5)[0].step
+
+
+def main(folders: dict[str, str], rank: int, output: Path) -> None:
+    results: dict[str, Any] = {case.name: steps_of(case, Path(folders[case.pipeline])) for case in CASES}
+    results["stopped"] = stopped_by_main(STOPPED, Path(folders[STOPPED.pipeline]), rank)
+    try:
+        run_case(TOO_MANY, Path(folders[TOO_MANY.pipeline]))
+    except UserError as error:
+        results["refused"] = str(error)
+    torch.save(results, output)
+    leave()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
