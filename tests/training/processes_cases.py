@@ -47,8 +47,9 @@ CASES = [
     *(Case("dreambooth", adapter, "sd1_epsilon") for adapter in ("full", "lora")),
     *(Case("domainstudio", adapter, "sd2_v") for adapter in ("full", "lora")),  # on decoded pictures
     *(Case("studio", adapter, "sd1_epsilon") for adapter in ("full", "lora")),
+    *(Case("ant", adapter, "pixel_epsilon", {"adversarial_steps": 2}) for adapter in ("full", "lora")),
     Case("domainstudio", "full", "latent_v", {"space": "crop", "pairing": "source_samples"}),
-    Case("studio", "lora", "sd1_epsilon", {"space": "pixel"}, text_encoder=True, checkpointing=True),
+    Case("studio", "lora", "sd1_epsilon", {"space": "pixel", "with_prior_preservation": True}, {}, True, True),
     Case("studio", "full", "pixel_x0", config={"gradient_accumulation_steps": 2, "noise_offset": 0.1}),
     Case("studio", "lora", "sd1_epsilon", config={"erase_steps": 1, "train_batch_size": 4, "pair_batch_size": 5}),
 ]

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from training_kit import Log, adapt, perturb
 
 from domainstudio.data.batches import batch_indices, step_generator
 from domainstudio.diffusion.weighting import min_snr_weight
 from domainstudio.errors import UserError
-from domainstudio.models.model import DiffusionModel
 from domainstudio.training.methods import build_objective, domainstudio, erase_identifier, finetune
 from domainstudio.training.objective import Batch, Prompts, look
 from domainstudio.training.train import TrainConfig, Training, train
@@ -164,13 +164,13 @@ def objective_of(kind, model):
 def test_student_and_source_are_told_their_prompts_of_the_same_noised_pictures(text_models, monkeypatch, kind):
     model, asked = text_models(), []
     adaptation, objective = adapt(model, "full"), objective_of(kind, text_models())
-    estimate = DiffusionModel.estimate
+    forward = UNet2DConditionModel.forward
 
-    def spy(self, network, x_t, t, prompts=None):
+    def spy(network, x_t, t, prompts):
         asked.append((network is adaptation.network, x_t, t, prompts))
-        return estimate(self, network, x_t, t, prompts)
+        return forward(network, x_t, t, prompts)
 
-    monkeypatch.setattr(DiffusionModel, "estimate", spy)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
     views = see(model, adaptation, objective, prior=objective.needs_prior)
     known = {"target": TARGETS, "source": SOURCES, "prior target": PRIOR_TARGETS, "prior source": PRIOR_SOURCES}
     of_student, of_source = _ASKED[kind]
@@ -564,13 +564,13 @@ def test_an_optimizer_of_the_extra_is_given_the_settings(text_models, monkeypatc
 def test_prompts_follow_their_pictures(text_models, monkeypatch):
     """A mirrored, shuffled batch tells the student of each picture what was said of that picture."""
     model, seen = text_models(), []
-    estimate = DiffusionModel.estimate
+    forward = UNet2DConditionModel.forward
 
-    def spy(self, network, x_t, t, prompts=None):
+    def spy(network, x_t, t, prompts):
         seen.append(prompts)
-        return estimate(self, network, x_t, t, prompts)
+        return forward(network, x_t, t, prompts)
 
-    monkeypatch.setattr(DiffusionModel, "estimate", spy)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
     rows = [batch_indices(3, 3, 0, step) for step in range(4)]
     assert len({tuple(order) for order in rows}) > 1
     run(model, adapt(model, "lora"), finetune(model), steps=4, random_flip=True)
