@@ -13,6 +13,7 @@ from training_kit import adapt, make_images, make_prior, perturb
 from domainstudio.errors import UserError
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
+from domainstudio.training import ant
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.processes import leave
@@ -114,6 +115,7 @@ def stopped_by_main(case: Case, folder: Path, rank: int) -> int:
 
 
 def main(folders: dict[str, str], rank: int, output: Path) -> None:
+    ant.NUM_NOISINGS = ant.FIT_STEPS = 50  # as in conftest.py
     results: dict[str, Any] = {case.name: steps_of(case, Path(folders[case.pipeline])) for case in CASES}
     results["stopped"] = stopped_by_main(STOPPED, Path(folders[STOPPED.pipeline]), rank)
     try:
