@@ -143,11 +143,13 @@ _ASKED = {  # objective -> what the student is asked, what the source is asked; 
     "domainstudio without prior": (["target"], ["source"]),
     "domainstudio paired": (["target", "prior target", "prior source"], ["prior source"]),
     "domainstudio held to the source": (["target", "prior source"], ["source", "prior source"]),
-    "studio": (["target", "prior target", "prior source"], ["prior source"]),
+    "studio": (["target", "prior target"], ["prior source"]),
+    "studio kept": (["target", "prior target", "prior source"], ["prior source"]),
     "studio without prior": (["target", "prior target"], ["prior source"]),
 }
 _SETTINGS = {
     "without prior": {"with_prior_preservation": False},
+    "kept": {"with_prior_preservation": True},
     "paired": {"pairing": "source_samples"},
     "held to the source": {"prior_target": "source"},
 }
@@ -196,7 +198,7 @@ def test_each_view_is_the_estimate_for_its_own_prompts(text_models, name):
     model = text_models(name)
     adaptation = adapt(model, "full")
     perturb(adaptation, 0.05)
-    views = see(model, adaptation, build_objective("studio", model))
+    views = see(model, adaptation, objective_of("studio kept", model))
     expected = {
         "training": (views.training.student, adaptation.network, views.training, TARGETS),
         "pairs": (views.pairs.student, adaptation.network, views.pairs, PRIOR_TARGETS),
@@ -221,7 +223,7 @@ def test_each_view_is_the_estimate_for_its_own_prompts(text_models, name):
         ("domainstudio", "picture"),
         ("domainstudio paired", "picture"),
         ("domainstudio held to the source", "source"),
-        ("studio", "source"),
+        ("studio kept", "source"),
     ],
 )
 def test_the_prior_term_against_its_formula(text_models, name, kind, held_to):
@@ -247,7 +249,7 @@ def test_the_prior_term_against_its_formula(text_models, name, kind, held_to):
 @both
 def test_an_untrained_student_already_says_what_the_source_says(text_models, adapter, name):
     model = text_models(name)
-    objective, adaptation = build_objective("studio", model), adapt(model, adapter)
+    objective, adaptation = objective_of("studio kept", model), adapt(model, adapter)
     parts = objective(see(model, adaptation, objective))[1]
     assert parts["prior"] < 1e-10
     assert (
@@ -272,7 +274,8 @@ def test_dreambooth_is_finetuning_and_the_prior_term(text_models, name, weight):
 @pytest.mark.parametrize("method", ["dreambooth", "domainstudio", "studio"])
 def test_prior_preservation_can_be_left_out(text_models, method):
     model = text_models()
-    kept, left_out = (build_objective(method, model, with_prior_preservation=on) for on in (None, False))
+    kept, left_out, default = (build_objective(method, model, with_prior_preservation=on) for on in (True, False, None))
+    assert default.prior == (left_out if method == "studio" else kept).prior
     names = [term.name for term in left_out.terms]
     assert [term.name for term in kept.terms] == [*names, "prior"]
     assert left_out.prior == "none"
@@ -380,7 +383,6 @@ def test_two_weights_of_noise_levels_are_refused(text_models, models):
     with pytest.raises(UserError, match=told):
         build_objective("studio", models("pixel_epsilon"), snr_gamma=5.0)
     build_objective("studio", models("pixel_epsilon"), snr_gamma=5.0, high_noise_weight=1.0)
-    build_objective("studio", model, snr_gamma=5.0)  # 1 is the default of text models
 
 
 def test_noise_offset_adds_one_constant_to_each_channel(text_models):
@@ -580,7 +582,7 @@ def test_prompts_follow_their_pictures(text_models, monkeypatch):
 
 def test_source_samples_are_shown_with_their_own_prompts(text_models, monkeypatch):
     model, seen = text_models(), []
-    objective = build_objective("studio", model)
+    objective = objective_of("studio kept", model)
 
     def spy(views):
         seen.append(views.prior)
