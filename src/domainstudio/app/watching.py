@@ -21,7 +21,7 @@ class Watching:
     """An observer, after those that write the log and the sheets.
 
     Args:
-        training: (N, 3, H, W) in [-1, 1], the pictures of the style.
+        training: (N, 3, H, W) in [-1, 1], the pictures of the style, through the model's codec.
         save_result: writes the result of the network as it is now into a run folder.
         stops: whether to end a run that is overfitting.
         log: told what is worth a line.

@@ -86,7 +86,7 @@ class Watch:
     """Reads checkpoints.
 
     Args:
-        training: (N, 3, H, W) in [-1, 1], at least 3: the training pictures.
+        training: (N, 3, H, W) in [-1, 1], at least 3: the training pictures, as the model gives them back at best.
         source: (M, 3, H, W) in [-1, 1], at least 2: what the source drew of the noise that checkpoints draw from.
 
     Raises:
