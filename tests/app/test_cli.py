@@ -51,6 +51,8 @@ RECIPE_FLAGS = [
     "--hf-weight",
     "--hfmse-weight",
     "--space",
+    "--similarity-weight",
+    "--adversarial-steps",
     "--num-class-images",
     "--pair-batch-size",
     "--resolution",

@@ -37,6 +37,7 @@ METHOD_TITLES = {
     "domainstudio_released": ("DomainStudio, released code", "the released code's arithmetic"),
     "ddpm_pa": ("DDPM-PA", "the unconditional objective under its first name"),
     "dreambooth": ("DreamBooth", "the denoising loss and prior preservation"),
+    "ant": ("DPMs-ANT", "adversarial noise, and a pull towards the domain by a classifier"),
     "finetune": ("Plain fine-tuning", "the denoising loss alone"),
 }
 NUM_PROMPTED = 8
