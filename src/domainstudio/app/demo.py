@@ -23,6 +23,8 @@ class Demo:
     max_train_steps: int
     output_dir: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    domain_settings: dict[str, Any] = field(default_factory=dict)
+    """Of `domain` alone, not of another that is asked for."""
     captions: tuple[str, ...] = ()
 
 
@@ -30,11 +32,11 @@ PICTURES = Demo(("finetune", "studio"), "bundled:ink", 400, Path("demo"))
 TEXT = Demo(
     ("dreambooth", "studio"),
     "bundled:watercolour",
-    150,
+    50,
     Path("demo-text"),
     settings={
         "pretrained_model_name_or_path": "bundled:avatars-text",
-        "instance_prompt": "{caption}, sks style",
+        "instance_prompt": "{caption}, pyramid",
         "class_prompt": "a portrait of a person",
         "lora_layers": "all",
         "learning_rate": 1e-3,
@@ -42,6 +44,7 @@ TEXT = Demo(
         "pair_batch_size": 10,
         "guidance_scale": 2.0,
     },
+    domain_settings={"captions": "files"},
     captions=(  # none of the ten training pictures shows any of these
         "a portrait of a woman with big curly red hair and round glasses",
         "a portrait of a man with a turban, smiling",
@@ -78,6 +81,7 @@ def run_demo(
             "checkpointing_steps": max(1, steps // 2),
             "num_validation_images": 8,
             **shown.settings,
+            **(shown.domain_settings if domain in (None, shown.domain) else {}),
         }
         recipe = build_recipe(None, settings)
         log(f"training {METHOD_TITLES[method][0]} on {recipe.instance_data_dir}, {steps} steps")
