@@ -7,3 +7,10 @@ class UserError(ValueError):
 
 class MissingWeights(UserError):
     """The weights of a metric network are not on this machine; the message says how to get them."""
+
+
+def message_of(error: UserError | OSError) -> str:
+    """The mistake in one message: of a file, its name and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from domainstudio import __version__
 from domainstudio.app.flags import add_measuring_flags, add_recipe_flags, option, positive
-from domainstudio.errors import UserError
+from domainstudio.errors import UserError, message_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,15 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{who}nothing to do: {args.command} runs in the first process alone", file=sys.stderr)
             return 0
         return args.run(args) or 0
-    except UserError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (UserError, OSError) as error:
+        print(f"{who}error: {message_of(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; continue a training run with --resume-from-checkpoint latest", file=sys.stderr)
         return 130
-    print(f"{who}error: {problem}", file=sys.stderr)
-    return 2
 
 
 def _rank() -> int:

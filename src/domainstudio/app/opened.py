@@ -76,11 +76,8 @@ class Opened:
     objective: Objective
     prior: list[str]
     """What each source sample is drawn of (text models alone)."""
-
-    @property
-    def draws(self) -> bool:
-        """Whether source samples are drawn."""
-        return self.objective.needs_prior or self.recipe.erase_steps > 0
+    draws: bool
+    """Whether source samples are drawn."""
 
     def adapt(self) -> tuple[DiffusionModel, Adaptation]:
         """The model to train and its adaptation; changes the network, so source samples are drawn before."""
@@ -134,7 +131,7 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
-    return Opened(recipe, accelerator, model, domain, pictures, objective, prior)
+    return Opened(recipe, accelerator, model, domain, pictures, objective, prior, draws)
 
 
 def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -> list[str]:

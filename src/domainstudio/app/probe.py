@@ -23,7 +23,7 @@ from domainstudio.app.materials import POOL_SEED, SourceSamples, told_samples
 from domainstudio.app.memory import Peak, process_peak_bytes, standing_bytes
 from domainstudio.app.opened import Opened, open_recipe, train_config
 from domainstudio.app.recipe import Recipe
-from domainstudio.errors import UserError
+from domainstudio.errors import UserError, message_of
 from domainstudio.evaluation.watch import Watch
 from domainstudio.models.codec import VaeCodec, fitting_batch
 from domainstudio.models.model import DiffusionModel
@@ -280,10 +280,8 @@ def main() -> None:
         try:
             result = probe(Recipe.model_validate_json(sys.stdin.read()), lambda facts: tell(facts=asdict(facts)))
             tell(cost=None if result.cost is None else asdict(result.cost))
-        except UserError as error:
-            tell(error=str(error))
-        except OSError as error:
-            tell(error=f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except (UserError, OSError) as error:
+            tell(error=message_of(error))
 
 
 if __name__ == "__main__":

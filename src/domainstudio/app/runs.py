@@ -5,9 +5,7 @@ from pathlib import Path
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
-from domainstudio.app.materials import (
-    draw_source_samples,
-)
+from domainstudio.app.materials import draw_source_samples
 from domainstudio.app.opened import open_recipe, train_config
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.watching import Watching

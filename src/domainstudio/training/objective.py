@@ -172,8 +172,9 @@ def look(
     def run(network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None) -> Estimate:
         return model.read(spread(lambda *batch: network(*batch).sample)(x_t, t, told), x_t, t)
 
+    rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
     if objective.adversarial_steps:
-        first = slice(len(training.x0))
+        first = rows["training"]
 
         def error(tried: Tensor) -> Tensor:
             x_t = add_noise(clean[first], tried, alpha[first], sigma[first])
@@ -185,8 +186,6 @@ def look(
     x_t = add_noise(clean, noise, alpha, sigma)
     wanted = target(model.prediction, clean, noise, alpha, sigma)
     to_space = _into(objective.space, model, generator, spread)
-
-    rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
 
     def estimates(network: nn.Module, asked: list[tuple[str, Tensor | None]]) -> list[Estimate]:
         """One pass over all that is asked: sets of pictures, each with its prompts."""
