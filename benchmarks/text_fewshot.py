@@ -33,7 +33,7 @@ from fewshot import (
 )
 from torch import Tensor
 
-from domainstudio.app.draw import draw_from
+from domainstudio.app.draw import draw_from, negative_prompt
 from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
@@ -54,9 +54,10 @@ from domains import STYLE  # noqa: E402
 
 RESULTS = ROOT / "docs/benchmarks/text_fewshot.jsonl"
 SOURCE = "bundled:avatars-text"
-IDENTIFIER = "pyramid"
-INSTANCE_PROMPT, CLASS_PROMPT = f"{{caption}}, {IDENTIFIER}", "a portrait of a person"
-"""`pyramid` is to this source what a rare token is elsewhere: known, and of another meaning (a robot's top)."""
+RARE_WORD, NEW_WORD = "pyramid", "<pyramid>"
+"""`pyramid` is to this source what a rare token is elsewhere: known, and of another meaning (a robot's top). Our
+default makes a new word of it, which begins with that meaning."""
+CLASS_PROMPT = "a portrait of a person"
 GUIDANCE = 2.0
 SAMPLING_SEED, SAMPLING_STEPS = 77, 25
 MEASURES = (*NUMBERS[:5], "agreement", "drift", "class_drift")
@@ -72,13 +73,13 @@ class Prompts:
     """What a measurement asks for: the style, attributes in it (but for those that it decides), prompts without it."""
 
     def __init__(self, build: Path, num_images: int, domain: str):
-        self.style = [fill(INSTANCE_PROMPT, CLASS_PROMPT)] * num_images
+        self.num_images = num_images
         named = asked(build, 3 * num_images // 4, num_images // 5)
         left = ({key: value for key, value in a.items() if key not in STYLE[domain]} for a in named if KIND not in a)
         self.attributes = [a for a in left if a]
         self.captions = [caption(a) for a in self.attributes]
         robots = [caption(a) for a in named if KIND in a]
-        self.robots = [text for text in robots if IDENTIFIER not in text]
+        self.robots = [text for text in robots if RARE_WORD not in text]
 
 
 @cache
@@ -93,12 +94,10 @@ def lpips_of(pictures: Tensor) -> Tensor:
     return embed(load_lpips("vgg"), pictures, px=64)
 
 
-def measure(draw, evaluator: Evaluator, prompts: Prompts, in_style: bool) -> Row:
-    """`draw` gives pictures of prompts; the source is asked without the style's name."""
-    told = prompts.style if in_style else [CLASS_PROMPT] * len(prompts.style)
-    result = evaluator.evaluate(draw(told)).to_json()
-    named = [fill(INSTANCE_PROMPT, text) if in_style else text for text in prompts.captions]
-    shares = agreement_of(draw(named), prompts.attributes)
+def measure(draw, evaluator: Evaluator, prompts: Prompts, template: str) -> Row:
+    """`draw` gives pictures of prompts; `template` says a caption in the style."""
+    result = evaluator.evaluate(draw([fill(template, CLASS_PROMPT)] * prompts.num_images)).to_json()
+    shares = agreement_of(draw([fill(template, text) for text in prompts.captions]), prompts.attributes)
     result |= {"agreement": sum(shares.values()) / len(shares), "agreements": shares}
     for name, texts in (("drift", prompts.robots), ("class_drift", prompts.captions[: len(prompts.robots)])):
         before = lpips_of(source_pictures(tuple(texts)))
@@ -112,10 +111,8 @@ def row_of(result: Row) -> Row:
 
 def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, args) -> None:
     key = {"domain": domain, "name": name_of(method, settings), "seed": seed}
-    source = open_source(SOURCE)
-    if settings.get("train_text_encoder"):
-        source = source.with_text_encoder()
     started = [time.perf_counter()]
+    instance_prompt = f"{{caption}}, {NEW_WORD if method == DEFAULT else RARE_WORD}"
 
     def watch(event: StepEvent) -> None:
         if event.step not in at:
@@ -124,11 +121,11 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
         with event.averaged() as network:
 
             def draw(texts: list[str]) -> Tensor:
-                guidance = TextGuidance(texts, GUIDANCE)
+                guidance = TextGuidance(texts, GUIDANCE, negative_prompt(recipe, texts))
                 x0 = sample(source, network, len(texts), SAMPLING_SEED, SAMPLING_STEPS, guidance=guidance)
                 return decode(source, x0)
 
-            result = measure(draw, evaluator, prompts, in_style=True)
+            result = measure(draw, evaluator, prompts, instance_prompt)
         seconds = round(begin - started[0], 1)
         write_row(args.results, {**key, "step": event.step, "seconds": seconds}, row_of(result))
         started[0] += time.perf_counter() - begin
@@ -145,7 +142,7 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
                 "pretrained_model_name_or_path": SOURCE,
                 "instance_data_dir": f"bundled:{domain}",
                 "output_dir": f"{folder}/run",
-                "instance_prompt": INSTANCE_PROMPT,
+                "instance_prompt": instance_prompt,
                 "class_prompt": CLASS_PROMPT,
                 "method": method,
                 "max_train_steps": steps,
@@ -155,6 +152,11 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
                 **settings,
             },
         )
+        source = open_source(SOURCE)
+        if recipe.identifier is not None:
+            source.add_identifier(recipe.identifier)
+        if recipe.train_text_encoder:
+            source = source.with_text_encoder()
         train_run(recipe, observers=(watch,))
 
 
@@ -222,7 +224,7 @@ def verdicts(rows: list[Row]) -> list[str]:
     return lines
 
 
-METHODS = ("studio @ 40,60", "dreambooth @ 50,100", 'dreambooth adapter="full" @ 100')
+METHODS = ("studio @ 300", "dreambooth @ 50,100", 'dreambooth adapter="full" @ 100')
 PLAN = dict.fromkeys(("watercolour", "sunglasses"), METHODS)
 """What is measured where, as in fewshot.py."""
 
@@ -254,7 +256,7 @@ def main() -> None:
                 row_of(evaluator.real().to_json() | empty),
             )
         if (domain, "source", 0, 0) not in done:
-            result = measure(lambda texts: source_pictures(tuple(texts)), evaluator, prompts, in_style=False)
+            result = measure(lambda texts: source_pictures(tuple(texts)), evaluator, prompts, "{caption}")
             key = {"domain": domain, "name": "source", "seed": 0, "step": 0}
             write_row(args.results, key, row_of(result))
         for seed in args.seeds:

@@ -45,6 +45,7 @@ RECIPE_FLAGS = [
     "--snr-gamma",
     "--noise-offset",
     "--erase-steps",
+    "--binding-steps",
     "--with-prior-preservation",
     "--prior-loss-weight",
     "--image-weight",

@@ -14,6 +14,7 @@ from domainstudio.errors import UserError
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training import ant
+from domainstudio.training.binding import Binding
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.processes import leave
@@ -53,6 +54,7 @@ CASES = [
     Case("studio", "lora", "sd1_epsilon", {"space": "pixel", "with_prior_preservation": True}, {}, True, True),
     Case("studio", "full", "pixel_x0", config={"gradient_accumulation_steps": 2, "noise_offset": 0.1}),
     Case("studio", "lora", "sd1_epsilon", config={"erase_steps": 1, "train_batch_size": 4, "pair_batch_size": 5}),
+    Case("studio", "lora", "sd1_epsilon", config={"binding_steps": 1}, text_encoder=True),
 ]
 TOO_MANY = Case("finetune", "lora", "pixel_epsilon", config={"train_batch_size": 1})
 STOPPED = Case("finetune", "lora", "pixel_epsilon")
@@ -69,8 +71,11 @@ def run_case(case: Case, folder: Path, observers=(), steps: int = 2) -> tuple[Tr
     for part in model.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.double()  # so that no rounding stands between them
+    binds = "binding_steps" in case.config
+    if binds:
+        model.add_identifier("<ink>")
     if case.text_encoder:
-        model = model.with_text_encoder()
+        model = model.with_text_encoder("<ink>" if binds else None)
     if case.checkpointing:
         model.checkpoint_gradients()
     adaptation = adapt(model, case.adapter)
@@ -80,9 +85,12 @@ def run_case(case: Case, folder: Path, observers=(), steps: int = 2) -> tuple[Tr
     settings = {"train_batch_size": 5, "pair_batch_size": 4, "learning_rate": 1e-3, "max_grad_norm": 1e9, **case.config}
     config = TrainConfig(max_train_steps=steps, **settings)
     told = prompts(model) if model.condition else None
-    prior = (
-        Batch(make_prior(model).x0.double(), told or Prompts()) if objective.needs_prior or config.erase_steps else None
-    )
+    needs_prior = objective.needs_prior or config.erase_steps or config.binding_steps
+    prior = Batch(make_prior(model).x0.double(), told or Prompts()) if needs_prior else None
+    binding = None
+    if binds:
+        unnamed = Prompts(model.encode_prompts(["<ink>"]), model.encode_prompts([""]))
+        binding = Binding(unnamed, prompts(model))
     metrics, gradients = [], []
 
     def note(event) -> None:
@@ -91,7 +99,8 @@ def run_case(case: Case, folder: Path, observers=(), steps: int = 2) -> tuple[Tr
         if event.step == 1:
             gradients.extend(s["exp_avg"].clone() for s in event.state().optimizer["state"].values())
 
-    run = train(model, adaptation, make_images(model).double(), objective, config, prior, told, (note, *observers))
+    images = make_images(model).double()
+    run = train(model, adaptation, images, objective, config, prior, told, binding, (note, *observers))
     return run, metrics, gradients
 
 

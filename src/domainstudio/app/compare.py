@@ -9,6 +9,7 @@ from torch import Tensor
 from domainstudio.app.draw import (
     default_device,
     draw_from,
+    negative_prompt,
     open_result,
     prompts_of,
     source_guidance,
@@ -215,7 +216,8 @@ def _prompted(
     shown = []
     for caption in captions:
         told = fill(recipe.instance_prompt or "{caption}", caption) if in_style else caption
-        guidance = TextGuidance([told], recipe.guidance_scale, recipe.negative_prompt)
+        negative = negative_prompt(recipe, [told]) if in_style else recipe.negative_prompt
+        guidance = TextGuidance([told], recipe.guidance_scale, negative)
         pictures = draw_from(model, NUM_PROMPTED, seed, recipe.num_inference_steps, guidance=guidance)
         shown.append((caption, pictures))
     return tuple(shown)

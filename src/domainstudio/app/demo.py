@@ -18,9 +18,9 @@ from domainstudio.training.train import Observer
 class Demo:
     """What is shown: the methods, their common settings, and what the results are asked for besides."""
 
-    methods: tuple[str, ...]
+    max_train_steps: dict[str, int]
+    """Of each method."""
     domain: str
-    max_train_steps: int
     output_dir: Path
     settings: dict[str, Any] = field(default_factory=dict)
     domain_settings: dict[str, Any] = field(default_factory=dict)
@@ -28,15 +28,14 @@ class Demo:
     captions: tuple[str, ...] = ()
 
 
-PICTURES = Demo(("finetune", "studio"), "bundled:ink", 400, Path("demo"))
+PICTURES = Demo({"finetune": 400, "studio": 400}, "bundled:ink", Path("demo"))
 TEXT = Demo(
-    ("dreambooth", "studio"),
+    {"dreambooth": 100, "studio": 300},
     "bundled:watercolour",
-    50,
     Path("demo-text"),
     settings={
         "pretrained_model_name_or_path": "bundled:avatars-text",
-        "instance_prompt": "{caption}, pyramid",
+        "instance_prompt": "{caption}, <pyramid>",
         "class_prompt": "a portrait of a person",
         "lora_layers": "all",
         "learning_rate": 1e-3,
@@ -68,10 +67,9 @@ def run_demo(
 
     Finished runs in `output_dir` with the same recipe are kept, so that a second call only measures again.
     """
-    runs, steps = [], max_train_steps or shown.max_train_steps
-    output_dir = output_dir or shown.output_dir
-    for method in shown.methods:
-        run = output_dir / method
+    runs, output_dir = [], output_dir or shown.output_dir
+    for method, own_steps in shown.max_train_steps.items():
+        run, steps = output_dir / method, max_train_steps or own_steps
         settings = {
             "instance_data_dir": domain or shown.domain,
             "output_dir": str(run),

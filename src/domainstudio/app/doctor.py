@@ -73,6 +73,8 @@ class Diagnosis:
         left = ["writing checkpoints and results"]
         if self.recipe.erase_steps:
             left.append("how erase_steps differ from other steps")
+        if self.recipe.binding_steps:
+            left.append("how binding_steps differ from other steps")
         if self.recipe.stop_when_overfitting:
             left.append("an earlier end by the watch")
         return left

@@ -1,5 +1,6 @@
 """Use case: pictures from a finished run, or from any pipeline folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,16 @@ def validation_guidance(recipe: Recipe, num_images: int) -> TextGuidance:
     """How previews and measurements of a text-to-image run are drawn: validation_prompt, or the instance_prompt."""
     plain = recipe.prior_prompt or recipe.class_prompt or ""
     prompt = recipe.validation_prompt or fill(recipe.instance_prompt or "", plain)
-    return TextGuidance(_drawn(prompt, num_images), recipe.guidance_scale, recipe.negative_prompt)
+    prompts = _drawn(prompt, num_images)
+    return TextGuidance(prompts, recipe.guidance_scale, negative_prompt(recipe, prompts))
+
+
+def negative_prompt(recipe: Recipe, prompts: Sequence[str]) -> str:
+    """The recipe's own; of a bound style, the identifier belongs to it if all prompts have it (training/binding.py)."""
+    word = recipe.identifier
+    if not recipe.binding_steps or word is None or not all(word in prompt for prompt in prompts):
+        return recipe.negative_prompt
+    return ", ".join(part for part in (recipe.negative_prompt, word) if part)
 
 
 def source_guidance(recipe: Recipe, num_images: int) -> TextGuidance:

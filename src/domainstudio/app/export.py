@@ -11,6 +11,7 @@ from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import recipe_source
 from domainstudio.app.recipe import Recipe
 from domainstudio.errors import UserError
+from domainstudio.models.identifier import EMBEDDING_FILE, read_embedding
 from domainstudio.models.load import save_pipeline
 from domainstudio.models.lora_files import save_kohya_lora
 from domainstudio.models.model import DiffusionModel
@@ -25,7 +26,8 @@ def export_run(run: Path, format: ExportFormat, output: Path, metadata: bool = T
 
     Args:
         format: "diffusers" is the LoRA that `load_lora_weights` reads, "kohya" the same for ComfyUI and A1111,
-            "merged" a whole pipeline folder, without adapters.
+            "merged" a whole pipeline folder, without adapters. A new word's embedding goes beside a LoRA, into a file
+            of the word's name, as it is what ComfyUI and A1111 know it by.
         metadata: whether a kohya file says what it was trained from, on and how.
 
     Raises:
@@ -47,6 +49,7 @@ def export_run(run: Path, format: ExportFormat, output: Path, metadata: bool = T
         )
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: a LoRA is one file; give an --output that ends in .safetensors")
+    embedding = _place_of_embedding(result.parent, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".partial")
     if format == "diffusers":
@@ -55,8 +58,21 @@ def export_run(run: Path, format: ExportFormat, output: Path, metadata: bool = T
         recipe = folder.recipe()
         described = describe(recipe, recipe_source(recipe), output.stem) if metadata else None
         save_kohya_lora(result, partial, recipe.rank, recipe.scale_alpha, described)
+    if embedding is not None:
+        shutil.copyfile(result.with_name(EMBEDDING_FILE), embedding)
     partial.replace(output)
     return output
+
+
+def _place_of_embedding(result: Path, output: Path) -> Path | None:
+    """Where the new word of a result goes, if it has one."""
+    found = read_embedding(result)
+    if found is None:
+        return None
+    place = output.with_name(f"{found[0].strip('<>')}.safetensors")
+    if place == output or place.exists():
+        raise UserError(f"{place} is where the embedding of {found[0]} goes, and taken; give another --output")
+    return place
 
 
 def describe(recipe: Recipe, model: DiffusionModel, title: str) -> dict[str, str]:

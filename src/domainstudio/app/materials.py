@@ -1,5 +1,7 @@
 """What a run is made of: the source model, the few pictures with their prompts, and source samples."""
 
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +18,12 @@ from domainstudio.errors import UserError
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import Progress, TextGuidance, decode, sample
+from domainstudio.training.binding import Binding
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.processes import ALONE, Processes
 
+NUM_SOUPS = 200
+"""Prompts of random words, which stand for all that users may write."""
 POOL_SEED = 500_000
 """Added to the run's seed for source samples, so that they are far from those that results are sampled with."""
 
@@ -203,6 +208,20 @@ def told_samples(x0: Tensor, recipe: Recipe, prompts: Sequence[str]) -> SourceSa
     """Source samples (M, C, h, w) drawn of M `prompts` (text models alone), with what the student is told of each."""
     template = recipe.instance_prompt or ""
     return SourceSamples(x0, tuple(fill(template, prompt) for prompt in prompts), tuple(prompts))
+
+
+def told_in_binding(recipe: Recipe, model: DiffusionModel) -> Binding:
+    """The prompts of binding beside the pictures' own: the identifier alone, and random words with and without it."""
+    word, pipeline = recipe.identifier, model.pipeline
+    assert word is not None
+    vocabulary = pipeline.tokenizer.get_vocab()  # pyright: ignore[reportAttributeAccessIssue]
+    known = sorted(token.removesuffix("</w>") for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token))
+    chance = random.Random(recipe.seed)
+    soups = [" ".join(chance.sample(known, min(len(known), chance.randint(1, 10)))) for _ in range(NUM_SOUPS)]
+    return Binding(
+        Prompts(model.encode_prompts([word]), model.encode_prompts([""])),
+        Prompts(model.encode_prompts([f"{soup}, {word}" for soup in soups]), model.encode_prompts(soups)),
+    )
 
 
 def prior_prompts(recipe: Recipe, pictures: TrainingPictures) -> list[str]:

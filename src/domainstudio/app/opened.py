@@ -14,6 +14,7 @@ from domainstudio.app.materials import (
     open_pictures,
     prior_prompts,
     recipe_source,
+    told_in_binding,
 )
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import fill
@@ -83,10 +84,10 @@ class Opened:
         """The model to train and its adaptation; changes the network, so source samples are drawn before."""
         model, recipe = self.model, self.recipe
         if recipe.train_text_encoder:
-            model = model.with_text_encoder()
+            model = model.with_text_encoder(recipe.identifier if recipe.adapter == "lora" else None)
         if recipe.gradient_checkpointing:
             model.checkpoint_gradients()
-        needs_source = self.objective.needs_source or recipe.erase_steps > 0
+        needs_source = self.objective.needs_source or recipe.erase_steps > 0 or recipe.binding_steps > 0
         return model, build_adaptation(model, recipe, needs_source)
 
     def train(
@@ -107,6 +108,7 @@ class Opened:
             config,
             prior=None if samples is None else samples.encoded(model),
             prompts=self.pictures.encoded(model),
+            binding=told_in_binding(self.recipe, model) if self.recipe.binding_steps else None,
             observers=observers,
             resume=resume,
             accelerator=self.accelerator,
@@ -121,13 +123,15 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
             run and cannot see.
     """
     model = recipe_source(recipe, accelerator.device)
+    if recipe.identifier is not None:
+        model.add_identifier(recipe.identifier)
     domain = open_domain(recipe, model)
     pictures = open_pictures(recipe, model, domain, log)
     objective = recipe_objective(recipe, model)
     find_optimizer(recipe.optimizer)
     if recipe.stop_when_overfitting:
         find_weights("lpips-vgg")
-    draws = objective.needs_prior or recipe.erase_steps > 0
+    draws = objective.needs_prior or recipe.erase_steps > 0 or recipe.binding_steps > 0
     prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
@@ -142,7 +146,7 @@ def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -
         *pictures.student_prompts,
         *pictures.source_prompts,
         *previews.prompts,
-        recipe.negative_prompt,
+        previews.negative_prompt,
         *prior,
         *told,
     ]
@@ -163,6 +167,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         optimizer=recipe.optimizer,
         erase_steps=recipe.erase_steps,
+        binding_steps=recipe.binding_steps,
         noise_offset=recipe.noise_offset,
         mixed_precision=recipe.mixed_precision,
         seed=recipe.seed,

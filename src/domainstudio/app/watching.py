@@ -24,6 +24,7 @@ class Watching:
         training: (N, 3, H, W) in [-1, 1], the pictures of the style, through the model's codec.
         save_result: writes the result of the network as it is now into a run folder.
         stops: whether to end a run that is overfitting.
+        after: the last step that is not judged: a result that is not yet bound to its identifier is none.
         log: told what is worth a line.
     """
 
@@ -34,7 +35,9 @@ class Watching:
         save_result: Callable[[RunFolder], None],
         stops: bool,
         log: Callable[[str], None],
+        after: int = 0,
     ):
+        self.after = after
         self.folder, self.training, self.save_result, self.stops, self.log = folder, training, save_result, stops, log
         self.watch: Watch | None = None
         self.readings: list[Reading] = []
@@ -48,7 +51,8 @@ class Watching:
         if not event.metrics:
             self._begin()
         sheet = self.folder.sheet(event.step)
-        if self.watch is None or not sheet.is_dir() or any(reading.step == event.step for reading in self.readings):
+        read, early = {reading.step for reading in self.readings}, 0 < event.step <= self.after
+        if self.watch is None or early or event.step in read or not sheet.is_dir():
             return
         reading = self.watch.read(event.step, self._pictures(sheet))
         self.readings.append(reading)

@@ -12,8 +12,12 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from domainstudio.errors import UserError
+from domainstudio.models.condition import TextDenoiser
+from domainstudio.models.identifier import find_embedding
 
 LoraLayers = Literal["all", "attention"]
+EMBEDDING = "identifier"
+"""Its place among the trained tensors."""
 
 
 class Adaptation(Protocol):
@@ -76,6 +80,8 @@ class FullAdaptation:
 class LoraAdaptation:
     """Low-rank adapters on attention and convolutions; the source is the same network with the adapters off.
 
+    The embedding of a new word is trained beside them; the source is never told that word.
+
     Source: Hu et al. 2021 (arXiv 2106.09685): W + (lora_alpha / rank) B A.
     """
 
@@ -88,6 +94,9 @@ class LoraAdaptation:
             torch.manual_seed(seed)
             config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
             self.network = inject_adapter_in_model(config, network)
+            self.embedding = find_embedding(self.network)
+            if self.embedding is not None:
+                self.embedding.vector.requires_grad_(True)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()  # of a network in half precision, too
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
@@ -110,12 +119,13 @@ class LoraAdaptation:
             layer.enable_adapters(on)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The adapters' parameters."""
+        """The adapters' parameters, and a new word's embedding."""
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def state(self) -> dict[str, Tensor]:
-        """The adapters' tensors, under peft's names."""
-        return get_peft_model_state_dict(self.network)
+        """The adapters' tensors, under peft's names, and a new word's embedding."""
+        word = {} if self.embedding is None else {EMBEDDING: self.embedding.vector}
+        return {**get_peft_model_state_dict(self.network), **word}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Loads the adapters' tensors.
@@ -126,7 +136,10 @@ class LoraAdaptation:
         own = self.state()
         if {name: tensor.shape for name, tensor in state.items()} != {name: own[name].shape for name in own}:
             raise UserError("the LoRA does not fit: it has another rank, or belongs to another model")
-        set_peft_model_state_dict(self.network, state)
+        set_peft_model_state_dict(self.network, {name: state[name] for name in state if name != EMBEDDING})
+        if self.embedding is not None:
+            with torch.no_grad():
+                self.embedding.vector.copy_(state[EMBEDDING])
 
     def merged(self) -> nn.Module:
         """A copy with the adapters' product added to the weights, and peft's wrappers gone."""
@@ -136,6 +149,8 @@ class LoraAdaptation:
                 module.merge()
                 parent = plain.get_submodule(name.rpartition(".")[0]) if "." in name else plain
                 setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        if isinstance(plain, TextDenoiser) and (embedding := find_embedding(plain)) is not None:
+            plain.text_encoder.set_input_embeddings(embedding.plain())  # pyright: ignore[reportCallIssue]
         return plain
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from domainstudio.errors import UserError
-from domainstudio.models.adaptation import LoraAdaptation
+from domainstudio.models.adaptation import EMBEDDING, LoraAdaptation
+from domainstudio.models.identifier import EMBEDDING_FILE, read_embedding, save_embedding
 from domainstudio.models.model import DiffusionModel
 from domainstudio.quiet import quiet
 
@@ -32,8 +33,13 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
 
 def save_diffusers_lora(adaptation: LoraAdaptation, folder: Path) -> Path:
-    """Writes `pytorch_lora_weights.safetensors` with adapter metadata into `folder`; `load_lora_weights` reads it."""
-    parts, metadata = _parts(adaptation.state()), {}
+    """Writes `pytorch_lora_weights.safetensors` with adapter metadata into `folder`; `load_lora_weights` reads it.
+
+    A new word's embedding goes beside it, into `learned_embeds.safetensors`; `load_textual_inversion` reads that.
+    """
+    if adaptation.embedding is not None:
+        save_embedding(adaptation.embedding, folder)
+    parts, metadata = _parts(_of_layers(adaptation)), {}
     for part, tensors in parts.items():
         targets = {name.partition(".lora_")[0] for name in tensors}
         if part == "text_encoder":  # whose layers have a longer path before transformers 5
@@ -52,7 +58,10 @@ def save_diffusers_lora(adaptation: LoraAdaptation, folder: Path) -> Path:
 def pass_through_file(adaptation: LoraAdaptation, folder: Path) -> None:
     """Writes the adapters as users get them and reads them back, so that what is drawn next is what the file gives."""
     read = {_place(name): tensor for name, tensor in load_file(save_diffusers_lora(adaptation, folder)).items()}
-    adaptation.load_state({name: read[_place(name)] for name in adaptation.state()})
+    state = {name: read[_place(name)] for name in _of_layers(adaptation)}
+    if (word := read_embedding(folder)) is not None:
+        state[EMBEDDING] = word[1]
+    adaptation.load_state(state)
 
 
 def save_kohya_lora(
@@ -77,7 +86,7 @@ def save_kohya_lora(
 
 
 def load_lora(model: DiffusionModel, path: Path) -> None:
-    """Adds a LoRA file of either kind to the weights of a Stable Diffusion model, for good.
+    """Adds a LoRA file of either kind to the weights of a Stable Diffusion model, for good, and the new word beside it.
 
     Raises:
         UserError: if it does not fit the model.
@@ -90,8 +99,15 @@ def load_lora(model: DiffusionModel, path: Path) -> None:
                 raise ValueError("it has no layer of the UNet or the text encoder")
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
+            if read_embedding(path.parent) is not None:
+                pipeline.load_textual_inversion(path.with_name(EMBEDDING_FILE))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the LoRA {path} does not fit the model: {error}") from error
+
+
+def _of_layers(adaptation: LoraAdaptation) -> dict[str, Tensor]:
+    """What is trained but for the new word's embedding."""
+    return {name: tensor for name, tensor in adaptation.state().items() if name != EMBEDDING}
 
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

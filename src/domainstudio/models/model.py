@@ -12,6 +12,7 @@ from domainstudio.diffusion.schedule import NoiseSchedule
 from domainstudio.errors import UserError
 from domainstudio.models.codec import Codec, VaeCodec
 from domainstudio.models.condition import Condition, TextCondition, TextDenoiser, TokenCondition
+from domainstudio.models.identifier import add_identifier, train_identifier
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,29 @@ class DiffusionModel:
     sample_shape: tuple[int, int, int]
     """(C, h, w) of model space."""
 
-    def with_text_encoder(self) -> "DiffusionModel":
+    def add_identifier(self, word: str) -> None:
+        """Teaches the model one token more, `<word>`.
+
+        Raises:
+            UserError: if it has that token already, or takes no prompts.
+        """
+        if not isinstance(self.condition, TextCondition):
+            raise UserError(f"{word} is a word for text-to-image models; this one is unconditional")
+        add_identifier(self.condition.tokenizer, self.condition.text_encoder, word)
+
+    def with_text_encoder(self, trained_word: str | None = None) -> "DiffusionModel":
         """The same model with its text encoder within the network, so that it is adapted too.
+
+        Args:
+            trained_word: an identifier whose embedding is trained beside adapters.
 
         Raises:
             UserError: if it has none.
         """
         if not isinstance(self.condition, TextCondition):
             raise UserError("train_text_encoder needs a text-to-image model; this one is unconditional")
+        if trained_word is not None:
+            train_identifier(self.condition.tokenizer, self.condition.text_encoder, trained_word)
         device = next(self.network.parameters()).device
         network = TextDenoiser(self.network, self.condition.text_encoder)
         return replace(self, network=network, condition=TokenCondition(self.condition.tokenizer, device))

@@ -30,6 +30,13 @@ class Prompts:
         """Those of some of the pictures."""
         return Prompts(*(None if part is None else part[rows] for part in (self.student, self.source)))
 
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """The student's and the source's, of a text model."""
+        assert self.student is not None
+        assert self.source is not None
+        return self.student, self.source
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,6 +44,13 @@ class Batch:
 
     x0: Tensor
     prompts: Prompts = Prompts()
+
+    def every_other(self, more: "Batch") -> "Batch":
+        """Half of this and half of `more`: as many rows as the larger has, where both are as large."""
+        x0 = torch.cat([self.x0, more.x0])[::2]
+        return Batch(
+            x0, Prompts(*(torch.cat(pair)[::2] for pair in zip(self.prompts.both, more.prompts.both, strict=True)))
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     """fp16 loss scale; empty otherwise."""
+    taught: list[Tensor] = field(default_factory=list)
+    """The trained parameters, in their order, as they were when binding began; empty before."""
+
+
+_IN_ORDER = ("average", "taught")
+"""Lists of parameters."""
 
 
 def save_checkpoint(output_dir: Path, state: TrainState, total_limit: int | None = None) -> Path:
@@ -39,9 +45,10 @@ def save_checkpoint(output_dir: Path, state: TrainState, total_limit: int | None
     with written_whole(final) as folder:
         student = {name: tensor.contiguous().cpu() for name, tensor in state.student.items()}
         save_file(student, folder / "student.safetensors")
-        if state.average:
-            average = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(state.average)}
-            save_file(average, folder / "average.safetensors")
+        for name in _IN_ORDER:
+            if tensors := getattr(state, name):
+                numbered = {str(i): tensor.contiguous().cpu() for i, tensor in enumerate(tensors)}
+                save_file(numbered, folder / f"{name}.safetensors")
         torch.save({"optimizer": state.optimizer, "scaler": state.scaler}, folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps({"step": state.step}))
     if total_limit is not None:
@@ -59,15 +66,13 @@ def load_checkpoint(path: Path) -> TrainState:
     try:
         step = json.loads((path / "state.json").read_text())["step"]
         saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        average_file = path / "average.safetensors"
-        average = load_file(average_file) if average_file.exists() else {}
-        return TrainState(
-            step,
-            load_file(path / "student.safetensors"),
-            [average[str(i)] for i in range(len(average))],
-            saved["optimizer"],
-            saved["scaler"],
-        )
+        lists = {}
+        for name in _IN_ORDER:
+            file = path / f"{name}.safetensors"
+            numbered = load_file(file) if file.exists() else {}
+            lists[name] = [numbered[str(i)] for i in range(len(numbered))]
+        student = load_file(path / "student.safetensors")
+        return TrainState(step, student, optimizer=saved["optimizer"], scaler=saved["scaler"], **lists)
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is not a usable checkpoint ({error}); resume from another, or start anew") from error
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from domainstudio.data.batches import batch_indices, step_generator
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import Adaptation
+from domainstudio.models.identifier import find_embedding
 from domainstudio.models.model import DiffusionModel
+from domainstudio.training import binding as bind
 from domainstudio.training.ant import DomainClassifier
 from domainstudio.training.methods import erase_identifier
 from domainstudio.training.objective import Batch, Objective, Prompts, look, unweighted
@@ -24,6 +26,8 @@ from domainstudio.training.state import TrainState
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
+EMBEDDING_RATE = 5.0
+"""Times the learning rate: that of a new word's embedding, whose gradients come through the whole text encoder."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,17 @@ class TrainConfig:
     optimizer: OptimizerName = "adamw"
     erase_steps: int = 0
     """Of the first steps, how many take out of the target prompt what its identifier meant (`erase_identifier`)."""
+    binding_steps: int = 0
+    """Of the last steps, how many tie what was learned to its identifier (`binding_loss`)."""
     noise_offset: float = 0.0
     """Size of a constant added to each channel's noise, which lets a model change a picture's overall brightness."""
     mixed_precision: MixedPrecision = "no"
     seed: int = 0
 
     @property
-    def ema_decay(self) -> float:
-        """Averages over about the last 15 % of the run: a fixed 0.9999 would keep a short run at its source."""
-        return min(0.9999, 1 - 1 / max(1.0, 0.15 * self.max_train_steps))
+    def learning_steps(self) -> int:
+        """Those before binding."""
+        return self.max_train_steps - self.binding_steps
 
     def batches(self, num_prior: int | None) -> dict[str, int]:
         """How many pictures a batch has, by its setting; `num_prior` source samples are there to choose from."""
@@ -88,11 +94,35 @@ class Training:
         self.adaptation, self.config, self.accelerator = adaptation, config, accelerator
         self.processes = Processes.of(accelerator)
         self.parameters = adaptation.parameters()
-        self.optimizer = accelerator.prepare_optimizer(
-            find_optimizer(config.optimizer)(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.taught: list[Tensor] = []
+        self.step = 0
+        self._start()
+
+    def _start(self) -> None:
+        """A new optimiser, and a new average of what comes."""
+        embedding, config = find_embedding(self.adaptation.network), self.config
+        word = [] if embedding is None or not embedding.vector.requires_grad else [embedding.vector]
+        layers = [p for p in self.parameters if not any(p is vector for vector in word)]
+        groups = [{"params": layers, "scale": 1.0}]
+        if word:  # Prodigy finds the rate itself, and takes one for all
+            scale = 1.0 if config.optimizer == "prodigy" else EMBEDDING_RATE
+            groups.append({"params": word, "scale": scale, "weight_decay": 0.0})
+        optimizer = find_optimizer(config.optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(
+            optimizer(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         )
         self.average = [p.detach().clone() for p in self.parameters] if config.use_ema else []
-        self.step = 0
+
+    @property
+    def is_binding(self) -> bool:
+        """Whether the next step ties to the identifier what was learned."""
+        return self.step >= self.config.learning_steps
+
+    def begin_binding(self) -> None:
+        """From here on the student is its average, which is what it learns from, too."""
+        self._put(self.average)
+        self.taught = [p.detach().clone() for p in self.parameters]
+        self._start()
 
     def state(self) -> TrainState:
         """A snapshot that shares the tensors."""
@@ -103,6 +133,7 @@ class Training:
             self.average,
             self.optimizer.state_dict(),
             scaler.state_dict() if scaler else {},
+            self.taught,
         )
 
     def load(self, state: TrainState) -> None:
@@ -115,7 +146,9 @@ class Training:
             raise UserError("the checkpoint and the recipe disagree on use_ema; resume with the run's own config.toml")
         self.step = state.step
         self.adaptation.load_state(state.student)
-        self.average = [average.to(p.device) for average, p in zip(state.average, self.parameters, strict=False)]
+        device = self.parameters[0].device
+        self.average = [tensor.to(device) for tensor in state.average]
+        self.taught = [tensor.to(device) for tensor in state.taught]
         self.optimizer.load_state_dict(state.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -130,14 +163,20 @@ class Training:
         self.processes.sum_gradients(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         assert norm is not None
-        warmup = min(1.0, (self.step + 1) / max(1, self.config.lr_warmup_steps))
+        config = self.config
+        done, steps = self.step, config.learning_steps
+        if self.is_binding:
+            done, steps = done - steps, config.binding_steps
+        rate = config.learning_rate * min(1.0, (done + 1) / max(1, config.lr_warmup_steps))
+        if self.is_binding:
+            rate *= bind.LEARNING_RATE * (1 - done / steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * warmup
+            group["lr"] = rate * group.get("scale", 1.0)  # which checkpoints before 0.4 lack
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         if self.average:
-            decay = min(self.config.ema_decay, self.step / (self.step + 10))
+            decay = min(ema_decay(steps), (done + 1) / (done + 11))
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter, 1 - decay)
         return norm.item()
@@ -151,6 +190,24 @@ class Training:
             yield self.adaptation.network
         finally:
             self._put(own)
+
+    @contextmanager
+    def before_binding(self) -> Iterator[nn.Module]:
+        """The student as it was when binding began, without gradients."""
+        network, own = self.adaptation.network, [p.data for p in self.parameters]
+        training = network.training
+        network.eval()
+        self._point(self.taught)
+        try:
+            with torch.no_grad():
+                yield network
+        finally:
+            self._point(own)
+            network.train(training)
+
+    def _point(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
@@ -166,6 +223,7 @@ def train(
     config: TrainConfig,
     prior: Batch | None = None,
     prompts: Prompts | None = None,
+    binding: bind.Binding | None = None,
     observers: Sequence[Observer] = (),
     resume: TrainState | None = None,
     accelerator: Accelerator | None = None,
@@ -179,6 +237,7 @@ def train(
         images: (N, 3, H, W) in [-1, 1], the training pictures.
         prior: M source samples in model space with their prompts, where the objective looks at such.
         prompts: of the training pictures, where the model takes any.
+        binding: what pictures are told in `binding_steps`.
         observers: called before the first step and after every one; one that raises StopTraining ends the run there,
             in all processes.
 
@@ -187,7 +246,7 @@ def train(
             processes than pictures in a batch.
     """
     erasing = erase_identifier(model) if config.erase_steps else None
-    if (objective.needs_prior or erasing is not None) != (prior is not None):
+    if (objective.needs_prior or erasing is not None or config.binding_steps > 0) != (prior is not None):
         given = "given" if prior is not None else "missing"
         raise UserError(f"pairing {objective.pairing!r}, prior {objective.prior!r}, and source samples {given}")
     accelerator = accelerator or open_accelerator(config.mixed_precision)
@@ -199,6 +258,28 @@ def train(
     deck = _Deck(model, config, images.to(device), prior, prompts)
     if objective.classifier is not None:
         deck.fit(objective.classifier, adaptation)
+
+    def learned(minimised: Objective, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        samples = deck.source_samples(generator) if minimised.samples_each_step else None
+        with accelerator.autocast():
+            views = look(model, adaptation, minimised, batch, samples, generator, config.noise_offset, processes.spread)
+        return minimised(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
+
+    def bound(batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        assert binding is not None, "binding_steps without what pictures are told in them"
+        mixed = batch.every_other(deck.source_samples(generator))
+        with accelerator.autocast():
+            return bind.binding_loss(
+                model,
+                adaptation,
+                run.before_binding,
+                binding,
+                mixed,
+                generator,
+                config.noise_offset,
+                processes.spread,
+            )
+
     adaptation.network.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         stopped = _notify(observers, StepEvent(run.step, {}, run.state, run.averaged), processes)
@@ -206,15 +287,12 @@ def train(
             generator = step_generator(config.seed, run.step)
             torch.manual_seed(processes.own_seed(generator.initial_seed()))  # dropout draws from the global generator
             minimised = erasing if erasing and run.step < config.erase_steps else objective
+            if run.is_binding and not run.taught:
+                run.begin_binding()
             losses = []
             for part in range(config.gradient_accumulation_steps):
                 batch = deck.training(run.step * config.gradient_accumulation_steps + part, generator)
-                samples = deck.source_samples(generator) if minimised.samples_each_step else None
-                with accelerator.autocast():
-                    views = look(
-                        model, adaptation, minimised, batch, samples, generator, config.noise_offset, processes.spread
-                    )
-                loss, terms = minimised(views)  # in full precision: the pairwise terms are smaller than bf16's rounding
+                loss, terms = bound(batch, generator) if run.is_binding else learned(minimised, batch, generator)
                 losses.append(unweighted({"loss": loss.detach(), **terms}))
                 _check_finite(losses[-1], run.step + 1, config)
                 run.backward(loss / config.gradient_accumulation_steps)
@@ -256,6 +334,11 @@ class _Deck:
         generator = torch.Generator().manual_seed(self.config.seed)
         pictures = self.codec.draw(self.encoded, generator)
         classifier.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)
+
+
+def ema_decay(steps: int) -> float:
+    """Averages over about the last 15 % of the steps: a fixed 0.9999 would keep a short run at its source."""
+    return min(0.9999, 1 - 1 / max(1.0, 0.15 * steps))
 
 
 def _check_finite(losses: dict[str, float], step: int, config: TrainConfig) -> None:

@@ -1,0 +1,148 @@
+"""Runs that learn a new word and bind what they learned to it, from the command line to every export."""
+
+import pytest
+import torch
+from command_line import domainstudio, flags, succeeds
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from domainstudio.app.draw import Ask, draw_pictures, negative_prompt, open_result
+from domainstudio.app.folder import RunFolder
+from domainstudio.app.recipe import build_recipe
+from domainstudio.data.domain import read_pictures
+from domainstudio.errors import UserError
+from domainstudio.models.identifier import EMBEDDING_FILE
+from domainstudio.training.observers import read_metrics
+
+pytest_plugins = ("text_kit", "text_run_kit")
+
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+WORD = {"instance_prompt": "a portrait in <ink> style"}
+
+
+@pytest.fixture(scope="module")
+def bound_run(train_text):
+    return train_text("bound", adapter="lora", rank=2, max_train_steps=5, checkpointing_steps=1, **WORD)
+
+
+def recipe(**settings):
+    return build_recipe(None, {"instance_data_dir": "x", "class_prompt": "a portrait", **settings})
+
+
+def test_a_new_word_is_learned_and_bound_by_default():
+    ours = recipe(**WORD, max_train_steps=300)
+    assert (ours.identifier, ours.train_text_encoder, ours.binding_steps) == ("<ink>", True, 240)
+    plain = recipe(instance_prompt="a portrait in sks style")
+    assert (plain.identifier, plain.train_text_encoder, plain.binding_steps) == (None, False, 0)
+    for settings in ({"method": "dreambooth"}, {"adapter": "full"}):
+        other = recipe(**WORD, **settings)
+        assert (other.train_text_encoder, other.binding_steps) == (True, 0)
+    assert recipe(**WORD, binding_steps=0).binding_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"instance_prompt": "a <cat> in <ink> style"}, "<cat>, <ink> are several new words"),
+        ({**WORD, "class_prompt": "a <dog>"}, "<ink>, <dog> are several new words"),
+        ({"instance_prompt": "a portrait", "class_prompt": "a <dog>"}, "<dog> is a new word of another prompt"),
+        ({**WORD, "train_text_encoder": False}, "leave train_text_encoder at true"),
+        ({"instance_prompt": "sks style", "binding_steps": 3}, "write one into instance_prompt ('sks style')"),
+        ({**WORD, "max_train_steps": 9, "binding_steps": 9}, "leaves none of max_train_steps=9 to learn in"),
+        ({**WORD, "stop_when_overfitting": True}, "could end the run before it is bound"),
+    ],
+)
+def test_what_makes_no_sense_is_told(settings, told):
+    with pytest.raises(UserError, match="the recipe cannot be used") as raised:
+        recipe(**settings)
+    assert told in str(raised.value)
+
+
+def test_an_unconditional_model_takes_no_new_word(pipelines, pictures, tmp_path):
+    given = {"pretrained_model_name_or_path": pipelines("pixel_v"), "instance_data_dir": pictures, **WORD}
+    result = domainstudio("train", *flags(**given, output_dir=tmp_path / "run"))
+    assert result.code == 2
+    assert "<ink> is a word for text-to-image models" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_before_and_after(bound_run):
+    log = read_metrics(RunFolder(bound_run).metrics)
+    assert ["bound" in record for record in log] == [False, True, True, True, True]
+    assert RunFolder(bound_run).recipe().binding_steps == 4
+
+
+def test_the_identifier_is_what_pictures_in_the_style_are_led_away_from():
+    ours = recipe(**WORD, negative_prompt="blurry")
+    assert negative_prompt(ours, ["a dog in <ink> style"]) == "blurry, <ink>"
+    assert negative_prompt(ours, ["a dog in <ink> style", "a dog"]) == "blurry"
+    assert negative_prompt(recipe(**WORD), ["<ink>"]) == "<ink>"
+    assert negative_prompt(recipe(**WORD, binding_steps=0), ["<ink>"]) == ""
+
+
+def test_pictures_with_and_without_the_word(bound_run):
+    styled = draw_pictures(bound_run, 2, 0)
+    assert torch.equal(styled, draw_pictures(bound_run, 2, 0, ask=Ask("a portrait in <ink> style")))
+    assert not torch.equal(styled, draw_pictures(bound_run, 2, 0, ask=Ask("a portrait in style")))
+
+
+def test_the_last_preview_is_what_users_get(bound_run):
+    folder = RunFolder(bound_run)
+    shown = read_pictures(folder.sheet(5))
+    drawn = draw_pictures(bound_run, len(shown), folder.recipe().seed)
+    assert (shown - drawn).abs().max() <= 2 / 255 + 1e-5, "but for rounding to 8 bits"
+
+
+@torch.no_grad()
+def drawn(pipeline):
+    """Pictures (2, 16, 16, 3) in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+    told = {"prompt": ["a portrait in <ink> style", "a red dog"], "negative_prompt": ["<ink>", ""]}
+    return torch.from_numpy(pipeline(**told, latents=NOISE, **settings).images)
+
+
+def test_every_format_gives_the_pictures_of_the_run(bound_run, text_pipelines, tmp_path):
+    expected = drawn(open_result(RunFolder(bound_run)).pipeline)
+    for format in ("diffusers", "kohya"):
+        output = tmp_path / format / "lora.safetensors"
+        succeeds("export", bound_run, "--format", format, "--output", output)
+        assert {path.name for path in output.parent.iterdir()} == {"lora.safetensors", "ink.safetensors"}
+        assert list(load_file(output.with_name("ink.safetensors"))) == ["<ink>"]
+        pipeline = StableDiffusionPipeline.from_pretrained(text_pipelines("sd1_epsilon"))
+        pipeline.load_lora_weights(output.parent, weight_name=output.name)
+        pipeline.load_textual_inversion(output.with_name("ink.safetensors"))
+        torch.testing.assert_close(drawn(pipeline), expected, rtol=0, atol=1e-5)
+    merged = tmp_path / "merged"
+    succeeds("export", bound_run, "--format", "merged", "--output", merged)
+    torch.testing.assert_close(drawn(StableDiffusionPipeline.from_pretrained(merged)), expected, rtol=0, atol=1e-5)
+
+
+def test_an_embedding_overwrites_nothing(bound_run, tmp_path):
+    (tmp_path / "ink.safetensors").write_text("mine")
+    for output in ("lora.safetensors", "ink.safetensors"):
+        result = domainstudio("export", bound_run, "--format", "kohya", "--output", tmp_path / output)
+        assert result.code == 2
+        assert "ink.safetensors is" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["ink.safetensors"]
+    assert (tmp_path / "ink.safetensors").read_text() == "mine"
+
+
+def test_only_what_is_bound_is_judged(train_text):
+    settings = {"max_train_steps": 6, "binding_steps": 3, "validation_steps": 1, "watch": True}
+    folder = RunFolder(train_text("watched", adapter="lora", rank=2, num_validation_images=4, **WORD, **settings))
+    read = [record["step"] for record in read_metrics(folder.metrics) if "watch" in record]
+    assert read == [0, 4, 5, 6], "what it starts from, and what is bound"
+    assert (folder.best.path / "lora" / EMBEDDING_FILE).exists()
+
+
+def test_a_run_goes_on_within_binding(bound_run):
+    folder = RunFolder(bound_run)
+    whole = read_metrics(folder.metrics)
+    final = load_file(folder.diffusers_lora)
+    checkpoint = sorted(bound_run.glob("checkpoint-*"))[0]
+    assert (checkpoint / "taught.safetensors").exists()
+    succeeds("train", folder.config, "--resume-from-checkpoint", checkpoint)
+    assert read_metrics(folder.metrics) == whole
+    again = load_file(folder.diffusers_lora)
+    assert all(torch.equal(again[name], final[name]) for name in final)
