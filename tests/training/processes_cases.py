@@ -100,7 +100,7 @@ def run_case(case: Case, folder: Path, observers=(), steps: int = 2) -> tuple[Tr
             gradients.extend(s["exp_avg"].clone() for s in event.state().optimizer["state"].values())
 
     images = make_images(model).double()
-    run = train(model, adaptation, images, objective, config, prior, told, binding, (note, *observers))
+    run = train(model, adaptation, images, objective, config, prior, told, (note, *observers), binding=binding)
     return run, metrics, gradients
 
 

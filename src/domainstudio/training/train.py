@@ -17,8 +17,8 @@ from domainstudio.errors import UserError
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.identifier import find_embedding
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training import binding as bind
 from domainstudio.training.ant import DomainClassifier
+from domainstudio.training.binding import BINDING_RATE, Binding, binding_loss
 from domainstudio.training.methods import erase_identifier
 from domainstudio.training.objective import Batch, Objective, Prompts, look, unweighted
 from domainstudio.training.processes import Processes, open_accelerator
@@ -169,9 +169,9 @@ class Training:
             done, steps = done - steps, config.binding_steps
         rate = config.learning_rate * min(1.0, (done + 1) / max(1, config.lr_warmup_steps))
         if self.is_binding:
-            rate *= bind.LEARNING_RATE * (1 - done / steps)
+            rate *= BINDING_RATE * (1 - done / steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)  # which checkpoints before 0.4 lack
+            group["lr"] = rate * group.get("scale", 1.0)  # which older checkpoints lack
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -203,6 +203,7 @@ class Training:
                 yield network
         finally:
             self._point(own)
+            torch.clear_autocast_cache()  # which knows weights by their name, not by what they hold
             network.train(training)
 
     def _point(self, values: list[Tensor]) -> None:
@@ -223,10 +224,10 @@ def train(
     config: TrainConfig,
     prior: Batch | None = None,
     prompts: Prompts | None = None,
-    binding: bind.Binding | None = None,
     observers: Sequence[Observer] = (),
     resume: TrainState | None = None,
     accelerator: Accelerator | None = None,
+    binding: Binding | None = None,
 ) -> Training:
     """Minimises `objective` on the training pictures.
 
@@ -237,9 +238,9 @@ def train(
         images: (N, 3, H, W) in [-1, 1], the training pictures.
         prior: M source samples in model space with their prompts, where the objective looks at such.
         prompts: of the training pictures, where the model takes any.
-        binding: what pictures are told in `binding_steps`.
         observers: called before the first step and after every one; one that raises StopTraining ends the run there,
             in all processes.
+        binding: what pictures are told in `binding_steps`.
 
     Raises:
         UserError: if the loss stops being finite, the objective needs source samples and has none, or there are more
@@ -269,16 +270,8 @@ def train(
         assert binding is not None, "binding_steps without what pictures are told in them"
         mixed = batch.every_other(deck.source_samples(generator))
         with accelerator.autocast():
-            return bind.binding_loss(
-                model,
-                adaptation,
-                run.before_binding,
-                binding,
-                mixed,
-                generator,
-                config.noise_offset,
-                processes.spread,
-            )
+            taught, spread = run.before_binding, processes.spread
+            return binding_loss(model, adaptation, taught, binding, mixed, generator, config.noise_offset, spread)
 
     adaptation.network.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
