@@ -4,9 +4,11 @@ import pytest
 import torch
 from command_line import domainstudio, flags, succeeds
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from domainstudio.app.draw import Ask, draw_pictures, negative_prompt, open_result
+from domainstudio.app.export import export_run
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.recipe import build_recipe
 from domainstudio.data.domain import read_pictures
@@ -116,6 +118,21 @@ def test_every_format_gives_the_pictures_of_the_run(bound_run, text_pipelines, t
     merged = tmp_path / "merged"
     succeeds("export", bound_run, "--format", "merged", "--output", merged)
     torch.testing.assert_close(drawn(StableDiffusionPipeline.from_pretrained(merged)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_kohya_file_says_how_to_write_of_it(bound_run, tmp_path):
+    with safe_open(export_run(bound_run, "kohya", tmp_path / "lora.safetensors"), "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.trigger_phrase"] == "ink"
+    assert "write its name into the negative prompt, too" in metadata["modelspec.usage_hint"]
+
+
+def test_all_weights_learn_a_new_word_too(train_text):
+    folder = RunFolder(train_text("all", adapter="full", method="dreambooth", learning_rate=1e-3, **WORD))
+    pipeline = open_result(folder).pipeline
+    tokens = pipeline.tokenizer("a portrait in <ink> style").input_ids
+    assert pipeline.tokenizer.convert_tokens_to_ids("<ink>") in tokens
+    assert pipeline.text_encoder.get_input_embeddings().num_embeddings > max(tokens)
 
 
 def test_an_embedding_overwrites_nothing(bound_run, tmp_path):

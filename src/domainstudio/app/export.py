@@ -75,6 +75,19 @@ def _place_of_embedding(result: Path, output: Path) -> Path | None:
     return place
 
 
+def _hints(recipe: Recipe) -> dict[str, str]:
+    """How to write of what was learned, where that is a new word."""
+    if recipe.identifier is None:
+        return {}
+    word = recipe.identifier.strip("<>")
+    hints = {"modelspec.trigger_phrase": word}
+    if recipe.binding_steps:
+        hints["modelspec.usage_hint"] = (
+            f"load the embedding {word}.safetensors beside the LoRA, and write its name into the negative prompt, too"
+        )
+    return hints
+
+
 def describe(recipe: Recipe, model: DiffusionModel, title: str) -> dict[str, str]:
     """A LoRA's metadata: the model specification's keys (modelspec 1.0.1) and kohya's (ss_), which tools look at."""
     unet = model.pipeline.unet  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,6 +95,7 @@ def describe(recipe: Recipe, model: DiffusionModel, title: str) -> dict[str, str
     architecture = f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1"
     side = model.resolution
     return {
+        **_hints(recipe),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
