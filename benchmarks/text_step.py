@@ -30,12 +30,14 @@ from domainstudio.losses.haar import high_frequency
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import starting_noise
+from domainstudio.training.binding import Binding
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.train import TrainConfig, train
 
 CUDA = torch.cuda.is_available()
 STUDENT, CLASS = "a portrait in sks style", "a portrait"
+WORD = "<ink>"
 
 
 def peak_bytes() -> int:
@@ -97,7 +99,18 @@ def released_steps(model: DiffusionModel, batch_size: int, count: int) -> Iterat
 def own_steps(
     model: DiffusionModel, method: str, adapter: str, space: str | None, batch_size: int, count: int
 ) -> Iterator[float]:
-    """Seconds of each of `count` steps of one of ours, through the training loop."""
+    """Seconds of each of `count` steps of one of ours, through the training loop.
+
+    "word" and "binding" are the two kinds of steps of `studio` that learns a new word (and adapts the text encoder).
+    """
+    binding = None
+    if method in ("word", "binding"):
+        model.add_identifier(WORD)
+        model = model.with_text_encoder(WORD)
+        unnamed = Prompts(model.encode_prompts([WORD]), model.encode_prompts([""]))
+        others = Prompts(model.encode_prompts([f"three, {WORD}"]), model.encode_prompts(["three"]))
+        binding = Binding(unnamed, others) if method == "binding" else None
+        method = "studio"
     settings = {} if method in ("finetune", "dreambooth") or space is None else {"space": space}
     objective = build_objective(method, model, **settings)
     prior = None
@@ -119,8 +132,8 @@ def own_steps(
             torch.cuda.synchronize()
         finished.append(time.perf_counter())
 
-    config = TrainConfig(count, batch_size, 1e-5, pair_batch_size=batch_size)
-    train(model, adaptation, pictures(model, 10), objective, config, prior, told, observers=(watch,))
+    config = TrainConfig(count, batch_size, 1e-5, pair_batch_size=batch_size, binding_steps=count - 1 if binding else 0)
+    train(model, adaptation, pictures(model, 10), objective, config, prior, told, (watch,), binding=binding)
     yield from (after - before for before, after in itertools.pairwise(finished))
 
 
@@ -147,6 +160,8 @@ VARIANTS = [
     ("studio", "lora", "model"),
     ("studio", "lora", "crop"),
     ("studio", "lora", "pixel"),
+    ("word", "lora", "model"),
+    ("binding", "lora", "model"),
 ]
 
 
