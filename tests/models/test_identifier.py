@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from text_kit import give_size
 
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import EMBEDDING, LoraAdaptation
@@ -28,9 +29,7 @@ def adapted(model):
     """A model with the word, adapters and embedding of some size, as training leaves them."""
     model = with_word(model).with_text_encoder(WORD)
     adaptation = LoraAdaptation(model.network, 3, 5.0, seed=0)
-    with torch.no_grad():
-        for p in adaptation.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    give_size(adaptation)
     model.network.eval()
     return model, adaptation
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from text_kit import give_size
 
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import LoraAdaptation
@@ -26,9 +27,7 @@ def adapted(model, with_text_encoder, layers="attention", rank=RANK):
     if with_text_encoder:
         model = model.with_text_encoder()
     adaptation = LoraAdaptation(model.network, rank, ALPHA, seed=0, layers=layers)
-    with torch.no_grad():
-        for p in adaptation.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    give_size(adaptation)
     model.network.eval()
     return model, adaptation
 
