@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_text import TEXT_KINDS, tiny_pipeline
 
-from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 
@@ -39,10 +38,3 @@ def text_models(text_pipelines: Callable[[str], Path]) -> Callable[[str], Diffus
         return copy.deepcopy(loaded[name])
 
     return fresh
-
-
-def give_size(adaptation: Adaptation) -> None:
-    """Makes what is trained as large as training leaves it."""
-    with torch.no_grad():
-        for p in adaptation.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

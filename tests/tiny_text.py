@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from domainstudio.models.adaptation import Adaptation
 
 WORDS = ("a", "an", "of", "in", "the", "portrait", "picture", "style", "man", "woman", "dog", "red", "blue", "hair")
 
@@ -86,3 +89,10 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", linear: bool = Fals
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def give_size(adaptation: Adaptation) -> None:
+    """Makes what is trained as large as training leaves it."""
+    with torch.no_grad():
+        for p in adaptation.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from text_kit import give_size
+from tiny_text import give_size
 
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import EMBEDDING, LoraAdaptation

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from text_kit import give_size
+from tiny_text import give_size
 
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import LoraAdaptation
