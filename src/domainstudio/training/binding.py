@@ -25,6 +25,7 @@ from domainstudio.training.objective import Batch, Prompts, Spread
 UNNAMED_SHARE = OTHER_SHARE = 0.2
 """Of a batch, how many pictures are told by the identifier alone (or nothing), and by words that do not fit them."""
 HOLD_WEIGHT = 2.0
+"""Of what the source says, beside what was learned."""
 BINDING_RATE = 2.0
 """Times the run's own learning rate, at first; it falls to 0."""
 
