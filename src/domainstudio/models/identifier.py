@@ -34,13 +34,23 @@ def add_identifier(tokenizer: Any, text_encoder: nn.Module, word: str) -> None:
         UserError: if the tokenizer has that token already.
     """
     start = tokenizer(word.strip("<>"), add_special_tokens=False).input_ids
+    encoder: Any = text_encoder
+    _add_token(tokenizer, encoder, word, encoder.get_input_embeddings().weight[start].mean(0))
+
+
+def load_identifier(tokenizer: Any, text_encoder: nn.Module, folder: Path) -> None:
+    """Adds the word that `save_embedding` wrote into a folder, if there is one."""
+    found = read_embedding(folder)
+    if found is not None:
+        _add_token(tokenizer, text_encoder, *found)
+
+
+def _add_token(tokenizer: Any, text_encoder: Any, word: str, vector: Tensor) -> None:
     if tokenizer.add_tokens([word]) != 1:
         raise UserError(f"the model knows {word} already; give what it is to learn another word in angle brackets")
-    encoder: Any = text_encoder
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        table = encoder.get_input_embeddings().weight
-        table[tokenizer.convert_tokens_to_ids(word)] = table[start].mean(0)
+        text_encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(word)] = vector
 
 
 class IdentifierEmbedding(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import EMBEDDING, LoraAdaptation
-from domainstudio.models.identifier import EMBEDDING_FILE, read_embedding, save_embedding
+from domainstudio.models.identifier import load_identifier, read_embedding, save_embedding
 from domainstudio.models.model import DiffusionModel
 from domainstudio.quiet import quiet
 
@@ -99,8 +99,7 @@ def load_lora(model: DiffusionModel, path: Path) -> None:
                 raise ValueError("it has no layer of the UNet or the text encoder")
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
-            if read_embedding(path.parent) is not None:
-                pipeline.load_textual_inversion(path.with_name(EMBEDDING_FILE))
+            load_identifier(pipeline.tokenizer, pipeline.text_encoder, path.parent)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the LoRA {path} does not fit the model: {error}") from error
 
