@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from training_kit import Log, perturb
+from training_kit import Log, perturb, same
 
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
@@ -164,10 +164,6 @@ def test_low_precision_keeps_student_and_teacher_apart(text_models):
         run.optimizer.zero_grad()
     assert found[1] == pytest.approx(found[0], rel=0.1)
     assert min(found[0]) > 0.01
-
-
-def same(one, two) -> bool:
-    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

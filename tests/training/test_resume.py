@@ -1,22 +1,10 @@
 import pytest
 import torch
-from training_kit import Log, adapt, run
+from training_kit import Log, adapt, run, same
 
 from domainstudio.errors import UserError
 from domainstudio.training.observers import Checkpoints
 from domainstudio.training.state import list_checkpoints, load_checkpoint
-
-
-def same(one, two) -> bool:
-    """Equality of nested dictionaries and lists, bit for bit in tensors."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
-
 
 CASES = [
     ("pixel_dropout", "full", "domainstudio", {}),

@@ -73,3 +73,14 @@ def run(model, adaptation, objective="finetune", steps=2, observers=(), resume=N
     defaults = {"train_batch_size": 4, "learning_rate": 1e-3, "pair_batch_size": 4}
     config = TrainConfig(max_train_steps=steps, **{**defaults, **settings})
     return train(model, adaptation, make_images(model), objective, config, prior, observers=observers, resume=resume)
+
+
+def same(one, two) -> bool:
+    """Equality of nested dictionaries and lists, bit for bit in tensors."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two

@@ -87,7 +87,7 @@ class Opened:
             model = model.with_text_encoder(recipe.identifier if recipe.adapter == "lora" else None)
         if recipe.gradient_checkpointing:
             model.checkpoint_gradients()
-        needs_source = self.objective.needs_source or recipe.erase_steps > 0 or recipe.binding_steps > 0
+        needs_source = self.objective.needs_source or train_config(recipe).asks_source
         return model, build_adaptation(model, recipe, needs_source)
 
     def train(
@@ -131,7 +131,7 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     find_optimizer(recipe.optimizer)
     if recipe.stop_when_overfitting:
         find_weights("lpips-vgg")
-    draws = objective.needs_prior or recipe.erase_steps > 0 or recipe.binding_steps > 0
+    draws = objective.needs_prior or train_config(recipe).asks_source
     prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))

@@ -126,8 +126,8 @@ def _watching(
 
     device = next(model.network.parameters()).device
     training = through_codec(model, domain.images.to(device)).to(device)
-    learning_steps = recipe.max_train_steps - recipe.binding_steps if recipe.binding_steps else 0
-    return (Watching(folder, training, save, recipe.stop_when_overfitting, log, learning_steps),)
+    after = train_config(recipe).learning_steps if recipe.binding_steps else 0
+    return (Watching(folder, training, save, recipe.stop_when_overfitting, log, after),)
 
 
 def _save_result(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation) -> None:

@@ -125,7 +125,11 @@ class LoraAdaptation:
     def state(self) -> dict[str, Tensor]:
         """The adapters' tensors, under peft's names, and a new word's embedding."""
         word = {} if self.embedding is None else {EMBEDDING: self.embedding.vector}
-        return {**get_peft_model_state_dict(self.network), **word}
+        return {**self.layers(), **word}
+
+    def layers(self) -> dict[str, Tensor]:
+        """The adapters' tensors alone."""
+        return get_peft_model_state_dict(self.network)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Loads the adapters' tensors.

@@ -39,7 +39,7 @@ def save_diffusers_lora(adaptation: LoraAdaptation, folder: Path) -> Path:
     """
     if adaptation.embedding is not None:
         save_embedding(adaptation.embedding, folder)
-    parts, metadata = _parts(_of_layers(adaptation)), {}
+    parts, metadata = _parts(adaptation.layers()), {}
     for part, tensors in parts.items():
         targets = {name.partition(".lora_")[0] for name in tensors}
         if part == "text_encoder":  # whose layers have a longer path before transformers 5
@@ -58,7 +58,7 @@ def save_diffusers_lora(adaptation: LoraAdaptation, folder: Path) -> Path:
 def pass_through_file(adaptation: LoraAdaptation, folder: Path) -> None:
     """Writes the adapters as users get them and reads them back, so that what is drawn next is what the file gives."""
     read = {_place(name): tensor for name, tensor in load_file(save_diffusers_lora(adaptation, folder)).items()}
-    state = {name: read[_place(name)] for name in _of_layers(adaptation)}
+    state = {name: read[_place(name)] for name in adaptation.layers()}
     if (word := read_embedding(folder)) is not None:
         state[EMBEDDING] = word[1]
     adaptation.load_state(state)
@@ -102,11 +102,6 @@ def load_lora(model: DiffusionModel, path: Path) -> None:
             load_identifier(pipeline.tokenizer, pipeline.text_encoder, path.parent)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the LoRA {path} does not fit the model: {error}") from error
-
-
-def _of_layers(adaptation: LoraAdaptation) -> dict[str, Tensor]:
-    """What is trained but for the new word's embedding."""
-    return {name: tensor for name, tensor in adaptation.state().items() if name != EMBEDDING}
 
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from domainstudio.diffusion.schedule import add_noise
 from domainstudio.losses.reconstruction import simple_loss
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training.objective import Batch, Prompts, Spread
+from domainstudio.training.objective import Batch, Prompts, Spread, estimate
 
 UNNAMED_SHARE = OTHER_SHARE = 0.2
 """Of a batch, how many pictures are told by the identifier alone (or nothing), and by words that do not fit them."""
@@ -44,10 +44,10 @@ class Binding:
 
     def told(self, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The prompts of a batch, with and without the identifier, (B, ...) each; some replaced by those above."""
-        own, others = torch.stack(prompts.both), torch.stack(self.others.both)
+        own, num_others = torch.stack(prompts.both), len(self.others.both[0])
         num = own.shape[1]
         chance = torch.rand(num, generator=generator)
-        strangers = others[:, torch.randint(others.shape[1], (num,), generator=generator)]
+        strangers = torch.stack(self.others[torch.randint(num_others, (num,), generator=generator)].both)
         chance = chance.to(own.device).view(-1, *(1,) * (own.ndim - 2))
         fitting = torch.where(chance < UNNAMED_SHARE + OTHER_SHARE, strangers, own)
         told = torch.where(chance < UNNAMED_SHARE, torch.stack(self.unnamed.both), fitting)
@@ -82,7 +82,7 @@ def binding_loss(
     x_t = add_noise(batch.x0, noise.to(batch.x0), alpha, sigma)
 
     def output(network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
-        return model.read(spread(lambda *rows: network(*rows).sample)(x_t, t, told), x_t, t).output.float()
+        return estimate(model, network, x_t, t, told, spread).output.float()
 
     with adaptation.source() as network:
         of_source = output(network, x_t, t, plain)

@@ -158,6 +158,13 @@ Spread = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 """Takes a function of a batch, row by row, to the same function computed by several processes (`Processes.spread`)."""
 
 
+def estimate(
+    model: DiffusionModel, network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None, spread: Spread
+) -> Estimate:
+    """`model.estimate` of a batch that `spread` divides."""
+    return model.read(spread(lambda *batch: network(*batch).sample)(x_t, t, told), x_t, t)
+
+
 def look(
     model: DiffusionModel,
     adaptation: Adaptation,
@@ -184,7 +191,7 @@ def look(
     alpha, sigma = model.schedule.levels(t)
 
     def run(network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None) -> Estimate:
-        return model.read(spread(lambda *batch: network(*batch).sample)(x_t, t, told), x_t, t)
+        return estimate(model, network, x_t, t, told, spread)
 
     rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
     if objective.adversarial_steps:

@@ -63,6 +63,11 @@ class TrainConfig:
         """Those before binding."""
         return self.max_train_steps - self.binding_steps
 
+    @property
+    def asks_source(self) -> bool:
+        """Whether some steps look at the source and its samples, whatever the objective does."""
+        return self.erase_steps > 0 or self.binding_steps > 0
+
     def batches(self, num_prior: int | None) -> dict[str, int]:
         """How many pictures a batch has, by its setting; `num_prior` source samples are there to choose from."""
         pairs = {} if num_prior is None else {"pair_batch_size": min(self.pair_batch_size, num_prior)}
@@ -101,12 +106,11 @@ class Training:
     def _start(self) -> None:
         """A new optimiser, and a new average of what comes."""
         embedding, config = find_embedding(self.adaptation.network), self.config
-        word = [] if embedding is None or not embedding.vector.requires_grad else [embedding.vector]
-        layers = [p for p in self.parameters if not any(p is vector for vector in word)]
-        groups = [{"params": layers, "scale": 1.0}]
-        if word:  # Prodigy finds the rate itself, and takes one for all
+        vector = None if embedding is None else embedding.vector
+        groups = [{"params": [p for p in self.parameters if p is not vector], "scale": 1.0}]
+        if vector is not None:  # Prodigy finds the rate itself, and takes one for all
             scale = 1.0 if config.optimizer == "prodigy" else EMBEDDING_RATE
-            groups.append({"params": word, "scale": scale, "weight_decay": 0.0})
+            groups.append({"params": [vector], "scale": scale, "weight_decay": 0.0})
         optimizer = find_optimizer(config.optimizer)
         self.optimizer = self.accelerator.prepare_optimizer(
             optimizer(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -164,12 +168,11 @@ class Training:
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         assert norm is not None
         config = self.config
-        done, steps = self.step, config.learning_steps
+        done, steps, factor = self.step, config.learning_steps, 1.0
         if self.is_binding:
             done, steps = done - steps, config.binding_steps
-        rate = config.learning_rate * min(1.0, (done + 1) / max(1, config.lr_warmup_steps))
-        if self.is_binding:
-            rate *= BINDING_RATE * (1 - done / steps)
+            factor = BINDING_RATE * (1 - done / steps)
+        rate = config.learning_rate * min(1.0, (done + 1) / max(1, config.lr_warmup_steps)) * factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)  # which older checkpoints lack
         self.optimizer.step()
@@ -247,7 +250,7 @@ def train(
             processes than pictures in a batch.
     """
     erasing = erase_identifier(model) if config.erase_steps else None
-    if (objective.needs_prior or erasing is not None or config.binding_steps > 0) != (prior is not None):
+    if (objective.needs_prior or config.asks_source) != (prior is not None):
         given = "given" if prior is not None else "missing"
         raise UserError(f"pairing {objective.pairing!r}, prior {objective.prior!r}, and source samples {given}")
     accelerator = accelerator or open_accelerator(config.mixed_precision)
