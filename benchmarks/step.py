@@ -1,67 +1,290 @@
-"""Cost of one training step: `python benchmarks/step.py`. Interleaved in one process; medians and ratios to finetune.
+"""Cost of a training step, CPU or CUDA: `python benchmarks/step.py pixel|latent|text|FOLDER` (`--table`: the tables).
 
-The same model, batch and machine for all; every step includes noising, both networks, the losses, backward, clipping,
-AdamW and the weight average.
+Variants are a method and settings of a recipe ("studio adapter=lora mixed_precision=bf16"), and are trained as a run
+trains them. Each is a process of its own; they take turns for some rounds, so that whatever else the machine does meets
+all of them. Medians of seconds a step, the peak of memory above what it was once the model was loaded, and operations
+(counted, not estimated), as ratios to plain fine-tuning of all weights and to the released code's arithmetic.
+
+`floor` is what `domainstudio` cannot do without: one pass of the student there and back, one of the source there;
+`floor pairs` is that of `studio`, with as many source samples beside the training pictures. `word` and `binding` are
+the two kinds of steps of `studio` where it learns a new word. `--parts` says where the time of a step goes.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from fewshot import Row, read_rows, write_row, write_tables
+from released import released_steps
+from torch.utils.flop_counter import FlopCounterMode
 
-from domainstudio.app.materials import open_source
-from domainstudio.data.domain import load_domain
-from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
+from domainstudio.app.materials import told_samples
+from domainstudio.app.opened import Opened, open_recipe, train_config
+from domainstudio.app.recipe import build_recipe
 from domainstudio.models.sample import starting_noise
-from domainstudio.training.methods import METHODS, build_objective
-from domainstudio.training.objective import Batch
-from domainstudio.training.train import TrainConfig, train
+from domainstudio.training import train as loop
+from domainstudio.training.processes import open_accelerator
 
-UNCONDITIONAL = [method for method in METHODS if method != "dreambooth"]
+RESULTS = Path(__file__).parents[1] / "docs/benchmarks/step.jsonl"
+CUDA = torch.cuda.is_available()
+WARM_UP = 2
+"""First steps of a process that are not timed."""
+RELEASED, BASELINE = "released", "finetune"
+UNCONDITIONAL = (
+    *(RELEASED, BASELINE, "floor", "domainstudio", "floor pairs", "studio"),
+    *("finetune adapter=lora", "domainstudio adapter=lora", "studio adapter=lora"),
+)
+TEXT = (
+    *(RELEASED, "finetune adapter=full", "dreambooth adapter=full", "dreambooth", "domainstudio adapter=full"),
+    *("domainstudio", "studio adapter=full", "studio", "studio space=crop", "studio space=pixel", "word", "binding"),
+)
+WORD = {"method": "studio", "instance_prompt": "a portrait in <ink> style"}
+PSEUDO: dict[str, dict[str, Any]] = {
+    RELEASED: {"method": "finetune", "adapter": "full"},
+    "floor": {"method": "domainstudio", "adapter": "full"},
+    "floor pairs": {"method": "studio", "adapter": "full"},
+    "word": WORD,
+    "binding": WORD,
+}
+BUNDLED = {"latent": "bundled:avatars", "text": "bundled:avatars-text"}
 
 
-def one_variant(method: str, adapter: str, batch_size: int):
-    """A function that does `count` steps and returns the seconds of each."""
-    model = open_source("bundled:avatars", "cuda" if torch.cuda.is_available() else "cpu")
-    images = load_domain("bundled:ink", model.resolution).images
-    objective = build_objective(method, model)
-    prior = Batch(starting_noise(model.sample_shape, range(20), 0)) if objective.needs_prior else None
-    adaptation = FullAdaptation(model.network) if adapter == "full" else LoraAdaptation(model.network, 16, 16, 0)
+def settings_of(variant: str) -> dict[str, str]:
+    """Of a recipe, as flags give them."""
+    if variant in PSEUDO:
+        return PSEUDO[variant]
+    method, *settings = variant.split()
+    return {"method": method, **dict(setting.split("=", 1) for setting in settings)}
 
-    def steps(count: int) -> list[float]:
-        times = []
 
-        def watch(event) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
+class Meter:
+    """Reads the clock and the memory."""
 
-        train(model, adaptation, images, objective, TrainConfig(count, batch_size, 1e-5), prior, observers=(watch,))
-        return [b - a for a, b in itertools.pairwise(times)]
+    def __init__(self) -> None:
+        self.loaded_bytes, self.times = 0, []
+        self.operations: list[int] = []
+        self.counter: FlopCounterMode | None = None
 
-    return steps
+    def loaded(self) -> None:
+        self.loaded_bytes = self.peak_bytes()
+
+    def tick(self) -> None:
+        if CUDA:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        if self.counter is not None:
+            self.operations.append(self.counter.get_total_flops())
+
+    @staticmethod
+    def peak_bytes() -> int:
+        return torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in itertools.pairwise(self.times)][WARM_UP:]
+
+
+def do_steps(variant: str, args: argparse.Namespace, count: int, meter: Meter) -> None:
+    text = args.text or args.source == "text"
+    prompts = {"instance_prompt": "a portrait in sks style", "class_prompt": "a portrait"} if text else {}
+    batches = {"train_batch_size": args.batch_size, "pair_batch_size": args.batch_size}
+    given = {
+        **{"pretrained_model_name_or_path": args.folder, "instance_data_dir": "bundled:ink", "max_train_steps": count},
+        **{"binding_steps": 0, "watch": False, "num_class_images": 2 * args.batch_size, **batches, **prompts},
+        **settings_of(variant),
+    }
+    if variant == "binding":
+        given["binding_steps"] = count - 1
+    recipe = build_recipe(None, given)
+    opened = open_recipe(recipe, open_accelerator(recipe.mixed_precision))
+    meter.loaded()
+    if variant == RELEASED:
+        steps = released_steps(opened.model, opened.pictures.images, args.batch_size, recipe.lr)
+    elif variant.startswith("floor"):
+        steps = floor_steps(opened, args.batch_size, pairs=variant == "floor pairs")
+    else:
+        samples = None
+        if opened.draws:
+            noise = starting_noise(opened.model.sample_shape, range(recipe.num_class_images), 0)
+            samples = told_samples(noise, recipe, opened.prior)
+        model, adaptation = opened.adapt()
+        config = replace(train_config(recipe), use_ema=True)
+        opened.train(model, adaptation, config, samples, (lambda event: meter.tick(),))
+        return
+    meter.tick()
+    for _ in itertools.islice(steps, count):
+        meter.tick()
+
+
+def floor_steps(opened: Opened, batch_size: int, pairs: bool) -> Iterator[None]:
+    """The passes of the networks alone."""
+    model, adaptation = opened.adapt()
+    device = opened.accelerator.device
+    x = torch.randn(batch_size * (2 if pairs else 1), *model.sample_shape, device=device)
+    t = model.schedule.sample_t(len(x), torch.Generator().manual_seed(0)).to(device)
+    adaptation.network.train()
+    while True:
+        with adaptation.source() as network:
+            network(x[:batch_size], t[:batch_size])
+        adaptation.network(x, t).sample.square().mean().backward()
+        for parameter in adaptation.parameters():
+            parameter.grad = None
+        yield
+
+
+def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One variant, in this process."""
+    torch.manual_seed(0)
+    meter = Meter()
+    do_steps(variant, args, args.steps + WARM_UP, meter)
+    result = {"seconds": meter.seconds(), "peak_bytes": meter.peak_bytes() - meter.loaded_bytes, "operations": None}
+    if args.count and "torch_compile" not in variant:
+        counting = Meter()
+        with FlopCounterMode(display=False) as counting.counter:
+            do_steps(variant, args, 2, counting)
+        result["operations"] = counting.operations[-1] - counting.operations[-2]
+    return result
+
+
+def parts(variant: str, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds a step of what it consists of: means."""
+    spent: dict[str, list[float]] = defaultdict(list)
+    meter = Meter()
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*given, **named):
+            began = time.perf_counter()
+            result = function(*given, **named)
+            spent[name].append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner: Any, attribute: str, name: str) -> None:
+            stack.callback(setattr, owner, attribute, getattr(owner, attribute))
+            setattr(owner, attribute, timed(name, getattr(owner, attribute)))
+
+        patch(loop, "look", "networks, forward")
+        patch(loop.Objective, "__call__", "losses")
+        patch(loop.Training, "backward", "backward")
+        patch(loop.Training, "update", "clipping, optimiser, average")
+        do_steps(variant, args, args.steps + WARM_UP, meter)
+    found = {name: statistics.fmean(seconds[WARM_UP:]) for name, seconds in spent.items()}
+    whole = statistics.fmean(meter.seconds())
+    found |= {"the rest": whole - sum(found.values()), "a step": whole}
+    return {name: round(1000 * seconds, 1) for name, seconds in found.items()}
+
+
+def make_pixel_pipeline(folder: str) -> None:
+    """An unconditional model in pixels, 64 px, random weights."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=64,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """All variants, taking turns."""
+    variants = args.variants or (TEXT if args.text or args.source == "text" else UNCONDITIONAL)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    peaks, operations = dict.fromkeys(variants, 0), {}
+    for number in range(args.rounds):
+        for variant in variants:
+            command = [sys.executable, __file__, args.source, "--folder", args.folder, "--one", variant]
+            command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps)]
+            command += [*(["--text"] if args.text else []), *(["--count"] if number == 0 else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            seconds[variant] += result["seconds"]
+            peaks[variant] = max(peaks[variant], result["peak_bytes"])
+            operations.setdefault(variant, result["operations"])
+    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
+    machine = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    for variant in variants:
+        row: Row = {"source": args.source, "batch": args.batch_size, "seconds": round(medians[variant], 4)}
+        row |= {"peak_mib": round(peaks[variant] / 2**20), "steps": len(seconds[variant])}
+        for name, other in (("finetune", variants[1]), ("released", variants[0])):
+            row[f"time_of_{name}"] = round(medians[variant] / medians[other], 2)
+            row[f"memory_of_{name}"] = round(peaks[variant] / peaks[other], 2)
+        if operations[variant]:
+            row["operations_of_finetune"] = round(operations[variant] / operations[variants[1]], 2)
+        write_row(args.results, {"name": variant, "device": machine}, row)
+
+
+def tables(results: list[Row]) -> str:
+    """Markdown: a table a source and device, of the latest row of each variant."""
+    latest: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in results:
+        latest[row["source"], row["device"], row["batch"]][row["name"]] = row
+    lines = []
+    for (source, device, batch), rows in latest.items():
+        lines += [
+            f"\n## {source}\n",
+            f"{device}, batch of {batch}, torch {next(iter(rows.values()))['torch']}, {max(r['date'] for r in rows.values())}\n",
+            "| | time, of plain fine-tuning | operations | memory | time, of the released step | memory | seconds | MiB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        columns = ("time_of_finetune", "operations_of_finetune", "memory_of_finetune", "time_of_released")
+        columns += ("memory_of_released", "seconds", "peak_mib")
+        for name, row in rows.items():
+            lines.append(f"| {name} | {' | '.join(str(row.get(column, '–')) for column in columns)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--adapters", nargs="+", default=["full"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="latent", help="pixel, latent, text, or a pipeline's folder")
+    parser.add_argument("--text", action="store_true", help="the folder is of a text-to-image pipeline")
+    parser.add_argument(
+        "--variants", nargs="+", help=f"the first two are compared with; default: {', '.join(UNCONDITIONAL)}"
+    )
+    parser.add_argument("--batch-size", type=int, default=None, help="default: 10, text 4")
+    parser.add_argument("--steps", type=int, default=8, help="timed in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", action="store_true", help="where the time of one step goes")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    variants = {(m, a): one_variant(m, a, args.batch_size) for a in args.adapters for m in UNCONDITIONAL}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
-    for round_index in range(args.rounds):
-        for key, steps in variants.items():
-            times = steps(3)
-            seconds[key] += times[1:] if round_index else []  # the first step of each turn and the first round warm up
-    baseline = statistics.median(seconds["finetune", args.adapters[0]])
-    for (method, adapter), times in seconds.items():
-        median = statistics.median(times)
-        row = {"method": method, "adapter": adapter, "ratio_to_finetune": round(median / baseline, 2)}
-        print(json.dumps(row | {"median_seconds": round(median, 4), "steps": len(times), "torch": torch.__version__}))
+    text = args.text or args.source == "text"
+    args.batch_size = args.batch_size or (4 if text else 10)
+    if args.table:
+        write_tables(args.results, "Cost of a training step", tables(read_rows(args.results)))
+        return
+    if args.one:
+        print(json.dumps(measure(args.one, args)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        args.folder = BUNDLED.get(args.source, scratch if args.source == "pixel" else args.source)
+        if args.source == "pixel":
+            make_pixel_pipeline(scratch)
+        if args.parts:
+            for variant in args.variants or [BASELINE, "domainstudio", "studio"]:
+                print(json.dumps({"name": variant} | parts(variant, args)))
+            return
+        compare(args)
 
 
 if __name__ == "__main__":

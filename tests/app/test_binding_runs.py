@@ -1,15 +1,19 @@
 """Runs that learn a new word and bind what they learned to it, from the command line to every export."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from command_line import domainstudio, flags, succeeds
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_text import WORDS
 
 from domainstudio.app.draw import Ask, draw_pictures, negative_prompt, open_result
 from domainstudio.app.export import export_run
 from domainstudio.app.folder import RunFolder
+from domainstudio.app.materials import NUM_OTHERS, OTHER_WORDS, told_in_binding
 from domainstudio.app.recipe import build_recipe
 from domainstudio.data.domain import read_pictures
 from domainstudio.errors import UserError
@@ -58,6 +62,25 @@ def test_what_makes_no_sense_is_told(settings, told):
     with pytest.raises(UserError, match="the recipe cannot be used") as raised:
         recipe(**settings)
     assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "prompts", [("a red dog", "picture of a woman in the blue style of dog hair in hair"), ("dog",)]
+)
+def test_other_prompts_are_source_prompts_with_other_words_in_them(text_models, prompts):
+    model = text_models("sd1_epsilon")
+    model.add_identifier("<ink>")
+    limit = model.pipeline.tokenizer.model_max_length
+    tells = SimpleNamespace(pipeline=model.pipeline, encode_prompts=list)
+    others = told_in_binding(recipe(**WORD), tells, prompts).others
+    assert len(others.student) == len(others.source) == NUM_OTHERS
+    assert all(with_it == f"{plain}, <ink>" for with_it, plain in zip(others.student, others.source, strict=True))
+    assert len(set(others.source)) > NUM_OTHERS // 2
+    lengths = [len(text.split()) for text in others.source]
+    assert min(lengths) == min(len(text.split()) for text in prompts)
+    assert max(lengths) <= max(OTHER_WORDS, *(len(text.split()) for text in prompts))
+    assert max(len(model.pipeline.tokenizer(text).input_ids) for text in others.student) == limit
+    assert set(" ".join(others.source).split()) <= {*WORDS, *" ".join(prompts).split()}
 
 
 def test_an_unconditional_model_takes_no_new_word(pipelines, pictures, tmp_path):

@@ -22,8 +22,8 @@ from domainstudio.training.binding import Binding
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.processes import ALONE, Processes
 
-NUM_SOUPS = 200
-"""Prompts of random words, which stand for all that users may write."""
+NUM_OTHERS, OTHER_WORDS = 200, 10
+"""Prompts that stand for all that users may write, and how long random words make a short one at most."""
 POOL_SEED = 500_000
 """Added to the run's seed for source samples, so that they are far from those that results are sampled with."""
 
@@ -210,17 +210,36 @@ def told_samples(x0: Tensor, recipe: Recipe, prompts: Sequence[str]) -> SourceSa
     return SourceSamples(x0, tuple(fill(template, prompt) for prompt in prompts), tuple(prompts))
 
 
-def told_in_binding(recipe: Recipe, model: DiffusionModel) -> Binding:
-    """The prompts of binding beside the pictures' own: the identifier alone, and random words with and without it."""
-    word, pipeline = recipe.identifier, model.pipeline
-    assert word is not None
-    vocabulary = pipeline.tokenizer.get_vocab()  # pyright: ignore[reportAttributeAccessIssue]
-    known = sorted(token.removesuffix("</w>") for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token))
+def told_in_binding(recipe: Recipe, model: DiffusionModel, prompts: Sequence[str]) -> Binding:
+    """What pictures are told beside their own prompts: the identifier alone, and prompts that do not fit them.
+
+    These are source `prompts` of which random words took the place of few words or of many: built as what users write,
+    of anything the model knows. Random words alone bind other prompts to the source half as well.
+    """
+    identifier, tokenizer = recipe.identifier, model.pipeline.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    assert identifier is not None
+    of_clip = (token.removesuffix("</w>") for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{3,}</w>", token))
+    known = sorted(of_clip) or " ".join(prompts).split()
     chance = random.Random(recipe.seed)
-    soups = [" ".join(chance.sample(known, min(len(known), chance.randint(1, 10)))) for _ in range(NUM_SOUPS)]
+
+    def with_identifier(words: Sequence[str]) -> str:
+        return f"{' '.join(words)}, {identifier}"
+
+    def other() -> list[str]:
+        replaced, words = chance.random(), chance.choice(prompts).split()
+        kept = [chance.choice(known) if chance.random() < replaced else word for word in words]
+        mixed = kept + chance.choices(known, k=chance.randint(0, max(0, OTHER_WORDS - len(words))))
+        while len(tokenizer(with_identifier(mixed)).input_ids) > tokenizer.model_max_length:
+            mixed.pop()
+        return mixed
+
+    others = [other() for _ in range(NUM_OTHERS)]
     return Binding(
-        Prompts(model.encode_prompts([word]), model.encode_prompts([""])),
-        Prompts(model.encode_prompts([f"{soup}, {word}" for soup in soups]), model.encode_prompts(soups)),
+        Prompts(model.encode_prompts([identifier]), model.encode_prompts([""])),
+        Prompts(
+            model.encode_prompts([with_identifier(words) for words in others]),
+            model.encode_prompts([" ".join(words) for words in others]),
+        ),
     )
 
 

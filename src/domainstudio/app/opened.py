@@ -88,7 +88,10 @@ class Opened:
         if recipe.gradient_checkpointing:
             model.checkpoint_gradients()
         needs_source = self.objective.needs_source or train_config(recipe).asks_source
-        return model, build_adaptation(model, recipe, needs_source)
+        adaptation = build_adaptation(model, recipe, needs_source)
+        if recipe.torch_compile:
+            adaptation.compile()
+        return model, adaptation
 
     def train(
         self,
@@ -108,7 +111,7 @@ class Opened:
             config,
             prior=None if samples is None else samples.encoded(model),
             prompts=self.pictures.encoded(model),
-            binding=told_in_binding(self.recipe, model) if self.recipe.binding_steps else None,
+            binding=told_in_binding(self.recipe, model, self.prior) if self.recipe.binding_steps else None,
             observers=observers,
             resume=resume,
             accelerator=self.accelerator,

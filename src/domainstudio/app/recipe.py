@@ -68,6 +68,7 @@ class Recipe(BaseModel):
     train_batch_size: int = Field(10, ge=1, description="training pictures a step, in all processes together")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step; pairs are formed within each")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")
+    torch_compile: bool = Field(False, description="compile the networks: minutes at the start for faster steps after")
     optimizer: OptimizerName = Field("adamw", description="adamw8bit and prodigy need domainstudio[optimizers]")
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-4 full, 1e-3 LoRA, 1 Prodigy")
     lr_warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")

@@ -45,6 +45,10 @@ class Adaptation(Protocol):
         """A plain copy of the student, without adapters, for an ordinary pipeline folder."""
         ...
 
+    def compile(self) -> None:
+        """From now on, both networks are compiled when first called, once for each shape and mode."""
+        ...
+
 
 class FullAdaptation:
     """All weights are trained; the source is a frozen copy (twice the weights in memory)."""
@@ -75,6 +79,11 @@ class FullAdaptation:
     def merged(self) -> nn.Module:
         """A copy of the network."""
         return copy.deepcopy(self.network)
+
+    def compile(self) -> None:
+        """Student and source."""
+        for network in filter(None, (self.network, self._source)):
+            network.compile(dynamic=False)
 
 
 class LoraAdaptation:
@@ -156,6 +165,10 @@ class LoraAdaptation:
         if isinstance(plain, TextDenoiser) and (embedding := find_embedding(plain)) is not None:
             plain.text_encoder.set_input_embeddings(embedding.plain())  # pyright: ignore[reportCallIssue]
         return plain
+
+    def compile(self) -> None:
+        """The one network; with its adapters on and off it is compiled apart."""
+        self.network.compile(dynamic=False)
 
 
 def lora_targets(network: nn.Module, layers: LoraLayers) -> list[str]:

@@ -186,11 +186,16 @@ class Training:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The student, holding its averaged weights inside; its own come back after."""
+        """The student, holding its averaged weights inside; its own come back after.
+
+        A compiled one runs as it is written inside: what observers draw has other shapes, each of which would be
+        compiled again.
+        """
         own = [p.detach().clone() for p in self.parameters] if self.average else []
         self._put(self.average)
         try:
-            yield self.adaptation.network
+            with torch.compiler.set_stance("force_eager"):
+                yield self.adaptation.network
         finally:
             self._put(own)
 
@@ -354,7 +359,7 @@ def find_optimizer(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
     try:
         match name:
             case "adamw":
-                return torch.optim.AdamW
+                return partial(torch.optim.AdamW, fused=True)
             case "adamw8bit":
                 from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
