@@ -52,6 +52,7 @@ RECIPE_FLAGS = [
     "--image-weight",
     "--hf-weight",
     "--hfmse-weight",
+    "--feature-weight",
     "--space",
     "--similarity-weight",
     "--adversarial-steps",

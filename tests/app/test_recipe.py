@@ -104,6 +104,8 @@ def test_all_problems_are_told_at_once(write):
         ({"pair_batch_size": 20, "num_class_images": 10}, "pair_batch_size=20"),
         ({"learning_rate": float("nan")}, "finite"),
         ({"learning_rate": 0}, "learning_rate = 0"),
+        ({"torch_compile": True, "feature_weight": 1.0}, "feature_weight=1 looks inside the networks"),
+        ({"torch_compile": True, "method": "ant"}, "method ant looks inside the networks"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, told):

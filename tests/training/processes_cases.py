@@ -52,6 +52,7 @@ CASES = [
     *(Case("ant", adapter, "pixel_epsilon", {"adversarial_steps": 2}) for adapter in ("full", "lora")),
     Case("domainstudio", "full", "latent_v", {"space": "crop", "pairing": "source_samples"}),
     Case("studio", "lora", "sd1_epsilon", {"space": "pixel", "with_prior_preservation": True}, {}, True, True),
+    Case("studio", "lora", "latent_v", {"feature_weight": 1.0}),
     Case("studio", "full", "pixel_x0", config={"gradient_accumulation_steps": 2, "noise_offset": 0.1}),
     Case("studio", "lora", "sd1_epsilon", config={"erase_steps": 1, "train_batch_size": 4, "pair_batch_size": 5}),
     Case("studio", "lora", "sd1_epsilon", config={"binding_steps": 1}, text_encoder=True),

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import math
 
@@ -106,6 +107,47 @@ def test_the_weight_of_a_noise_level(prediction):
     if prediction != "epsilon":  # whose own error counts less at high noise
         assert weight[-1] == pytest.approx(0.1)
         assert (weight.diff() <= 1e-12).all()
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_feature_term_compares_what_middle_blocks_say(models, adapter):
+    model = models("latent_v")
+    adaptation = adapt(model, adapter)
+    objective = build_objective("studio", model, feature_weight=1.0, centre_pairs=False)
+    assert objective(look_at(model, adaptation, objective))[1]["features"].item() == pytest.approx(0, abs=1e-7)
+    perturb(adaptation, 0.1)
+    views = look_at(model, adaptation, objective)
+    said = []
+    with torch.no_grad():
+        for network in (adaptation.network, None):
+            with contextlib.ExitStack() as stack:
+                network = network or stack.enter_context(adaptation.source())
+                hook = network.mid_block.register_forward_hook(lambda _, __, output: said.append(output))
+                stack.callback(hook.remove)
+                network(views.pairs.x_t, views.pairs.t)
+    p, q = (_softmaxes(features.double()) for features in said)
+    expected = sum(a * math.log(a / b) for of, to in zip(p, q, strict=True) for a, b in zip(of, to, strict=True))
+    assert expected > 1e-4
+    assert objective(views)[1]["features"].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_feature_term_teaches_what_comes_before_the_middle_block(models):
+    model = models("latent_v")
+    adaptation = adapt(model, "full")
+    perturb(adaptation)
+    objective = build_objective("studio", model, feature_weight=1.0)
+    views = look_at(model, adaptation, objective)
+    next(term for term in objective.terms if term.name == "features").loss(views).backward()
+    taught = [name for name, p in adaptation.network.named_parameters() if p.grad is not None and p.grad.any()]
+    reached = {name.partition(".")[0] for name in taught}
+    assert {"conv_in", "down_blocks", "mid_block"} <= reached
+    assert not {"up_blocks", "conv_out"} & reached
+
+
+@pytest.mark.parametrize("method", ["finetune", "domainstudio_released", "ant"])
+def test_methods_without_a_feature_term(models, method):
+    with pytest.raises(UserError, match=f"{method} has no feature_weight"):
+        build_objective(method, models("pixel_epsilon"), feature_weight=1.0)
 
 
 def test_all_weights_zero_is_finetuning(models):

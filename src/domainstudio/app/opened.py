@@ -57,6 +57,7 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         image_weight=recipe.image_weight,
         hf_weight=recipe.hf_weight,
         hfmse_weight=recipe.hfmse_weight,
+        feature_weight=recipe.feature_weight,
         space=recipe.space,
         with_prior_preservation=recipe.with_prior_preservation,
         prior_loss_weight=recipe.prior_loss_weight,

@@ -99,6 +99,9 @@ class Recipe(BaseModel):
     image_weight: float | None = Field(None, ge=0, description="weight of the pairwise image term")
     hf_weight: float | None = Field(None, ge=0, description="weight of the pairwise high-frequency term")
     hfmse_weight: float | None = Field(None, ge=0, description="weight of the high-frequency error")
+    feature_weight: float | None = Field(
+        None, ge=0, description="weight of the pairwise term on features of the networks (DomainGallery's); default: 0"
+    )
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")
     adversarial_steps: int | None = Field(None, ge=0, description="steps in which noise becomes harder (ant)")
@@ -157,6 +160,11 @@ class Recipe(BaseModel):
         if self.erase_steps + self.binding_steps >= self.max_train_steps:
             raise ValueError(
                 f"binding_steps={self.binding_steps} leaves none of max_train_steps={self.max_train_steps} to learn in"
+            )
+        if self.torch_compile and (self.feature_weight or self.method == "ant"):
+            reason = "method ant" if self.method == "ant" else f"feature_weight={self.feature_weight:g}"
+            raise ValueError(
+                f"{reason} looks inside the networks, which compiled ones do not show; leave torch_compile out"
             )
         self._check_identifier()
         return self

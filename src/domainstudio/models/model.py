@@ -1,6 +1,7 @@
 """A diffusion model as the training loop sees it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +24,14 @@ class Estimate:
     x0: Tensor
     variance: Tensor | None
     """The variance half of a learned-variance network's output, about [-1, 1]."""
+    features: Tensor | None = None
+    """What its middle block says, (B, D, h', w'), where it was asked for."""
 
     def split(self, sizes: list[int]) -> "list[Estimate]":
         """Of consecutive parts of the batch."""
-        variances = [None] * len(sizes) if self.variance is None else self.variance.split(sizes)
-        parts = zip(self.output.split(sizes), self.x0.split(sizes), variances, strict=True)
-        return [Estimate(*part) for part in parts]
+        columns = (self.output, self.x0, self.variance, self.features)
+        parts = ([None] * len(sizes) if column is None else column.split(sizes) for column in columns)
+        return [Estimate(*part) for part in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,15 @@ class DiffusionModel:
             output, variance = output.chunk(2, dim=1)
         alpha, sigma = self.schedule.levels(t)
         return Estimate(output, to_x0(self.prediction, output, x_t, alpha, sigma), variance)
+
+
+@contextmanager
+def middle_block(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Context with a list of what the UNet's middle block returns inside, pass by pass."""
+    unet = network.unet if isinstance(network, TextDenoiser) else network
+    seen: list[Tensor] = []
+    hook = unet.get_submodule("mid_block").register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -4,8 +4,6 @@ Source: Wang et al. 2024 (ICML, arXiv 2308.11948). docs/deviations.md says where
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from domainstudio.diffusion.schedule import add_noise
 from domainstudio.models.adaptation import Adaptation
-from domainstudio.models.model import DiffusionModel
+from domainstudio.models.model import DiffusionModel, middle_block
 
 NUM_NOISINGS = 400
 """Of each domain's pictures, that the classifier is fitted to."""
@@ -96,17 +94,6 @@ class DomainClassifier:
 
     def _features(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
         """(B, D), in full precision."""
-        with _output_of(network.get_submodule("mid_block")) as seen:
+        with middle_block(network) as seen:
             self.model.estimate(network, x_t, t)
         return seen[0].float().mean((2, 3))
-
-
-@contextmanager
-def _output_of(module: nn.Module):
-    """Context with a list of what `module` returns inside."""
-    seen: list[Any] = []
-    hook = module.register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        hook.remove()

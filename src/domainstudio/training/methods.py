@@ -50,6 +50,7 @@ def domainstudio(
     image_weight: float = 0.5,
     hf_weight: float = 0.5,
     hfmse_weight: float = 0.05,
+    feature_weight: float = 0.0,
     pairing: Pairing = "training",
     centre_pairs: bool = False,
     high_noise_weight: float = 1.0,
@@ -65,6 +66,8 @@ def domainstudio(
     computed on decoded pictures and L_pr is added, unless `space` and `with_prior_preservation` say otherwise.
 
     L_hfmse is weighted by min(1, SNR), so that the same weight serves epsilon, v, x0 and flow models.
+    `feature_weight` adds the same divergence of what the networks' middle blocks say of the pairs (after DomainGallery,
+    NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     Differs from the released code: docs/deviations.md.
@@ -79,6 +82,8 @@ def domainstudio(
         Term("hf", hf_weight, lambda v: divergence(*_high_frequencies(v.pairs))),
         Term("hfmse", hfmse_weight, _weighted_hfmse),
     )
+    if feature_weight:
+        terms += (Term("features", feature_weight, lambda v: divergence(*_features(v.pairs))),)
     text = model.condition is not None
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
@@ -89,6 +94,7 @@ def domainstudio(
         pairing=pairing,
         prior=prior_target if preserves else "none",
         space=space or ("pixel" if text else "model"),
+        compares_features=feature_weight > 0,
     )
 
 
@@ -100,6 +106,7 @@ def studio(
     image_weight: float = 0.01,
     hf_weight: float = 0.005,
     hfmse_weight: float = 0.05,
+    feature_weight: float = 0.0,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
     high_noise_weight: float = 0.1,
@@ -120,6 +127,7 @@ def studio(
         image_weight=image_weight,
         hf_weight=hf_weight,
         hfmse_weight=hfmse_weight,
+        feature_weight=feature_weight,
         pairing=pairing,
         centre_pairs=centre_pairs,
         high_noise_weight=high_noise_weight,
@@ -280,6 +288,13 @@ def _needs_text(model: DiffusionModel, what: str) -> None:
 
 def _high_frequencies(view: View) -> tuple[Tensor, Tensor]:
     return high_frequency(view.student_image), high_frequency(view.source_image)
+
+
+def _features(view: View) -> tuple[Tensor, Tensor]:
+    assert view.student.features is not None
+    assert view.source is not None
+    assert view.source.features is not None
+    return view.student.features.to(view.x0), view.source.features.to(view.x0)
 
 
 def _weighted_hfmse(views: Views) -> Tensor:

@@ -1,7 +1,7 @@
 """What a step looks at (Views) and what it minimises (Objective, a list of Terms)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from domainstudio.diffusion.prediction import target, to_noise
 from domainstudio.diffusion.schedule import add_noise
 from domainstudio.models.adaptation import Adaptation
-from domainstudio.models.model import DiffusionModel, Estimate
+from domainstudio.models.model import DiffusionModel, Estimate, middle_block
 from domainstudio.training.ant import DomainClassifier, hardest_noise
 
 Pairing = Literal["none", "training", "source_samples"]
@@ -122,6 +122,8 @@ class Objective:
     """What a term holds the student to on source samples with the source prompt: the pictures, or the source model."""
     space: Space = "model"
     """Where image terms are computed: the model's own space, decoded pictures, or a decoded crop of them."""
+    compares_features: bool = False
+    """Whether a term looks at what the networks' middle blocks say."""
     adversarial_steps: int = 0
     """Of gradient ascent in which the training pictures' noise becomes harder to take away (`hardest_noise`)."""
     classifier: DomainClassifier | None = None
@@ -159,10 +161,29 @@ Spread = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 def estimate(
-    model: DiffusionModel, network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None, spread: Spread
+    model: DiffusionModel,
+    network: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    told: Tensor | None,
+    spread: Spread,
+    with_features: bool = False,
 ) -> Estimate:
     """`model.estimate` of a batch that `spread` divides."""
-    return model.read(spread(lambda *batch: network(*batch).sample)(x_t, t, told), x_t, t)
+    if not with_features:
+        return model.read(spread(lambda *batch: network(*batch).sample)(x_t, t, told), x_t, t)
+    shapes: list[torch.Size] = []
+
+    def output_and_features(*batch: Tensor | None) -> Tensor:
+        """(B, ...) of both, one after the other, since rows are what is divided."""
+        with middle_block(network) as seen:
+            both = (network(*batch).sample, seen[-1])
+        shapes[:] = [part.shape[1:] for part in both]
+        return torch.cat([part.flatten(1) for part in both], 1)
+
+    rows = spread(output_and_features)(x_t, t, told).split([shape.numel() for shape in shapes], 1)
+    output, features = (part.unflatten(1, shape) for part, shape in zip(rows, shapes, strict=True))
+    return replace(model.read(output, x_t, t), features=features)
 
 
 def look(
@@ -191,7 +212,7 @@ def look(
     alpha, sigma = model.schedule.levels(t)
 
     def run(network: nn.Module, x_t: Tensor, t: Tensor, told: Tensor | None) -> Estimate:
-        return estimate(model, network, x_t, t, told, spread)
+        return estimate(model, network, x_t, t, told, spread, objective.compares_features)
 
     rows = {"training": slice(len(training.x0)), "prior": slice(len(training.x0), None)}
     if objective.adversarial_steps:
