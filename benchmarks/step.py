@@ -231,23 +231,33 @@ def compare(args: argparse.Namespace) -> None:
         write_row(args.results, {"name": variant, "device": machine}, row)
 
 
+COLUMNS = {
+    "time of `finetune`": "time_of_finetune",
+    "operations": "operations_of_finetune",
+    "memory": "memory_of_finetune",
+    "time of the released step": "time_of_released",
+    "memory of it": "memory_of_released",
+    "seconds": "seconds",
+    "MiB": "peak_mib",
+}
+
+
 def tables(results: list[Row]) -> str:
-    """Markdown: a table a source and device, of the latest row of each variant."""
+    """Markdown: a table a source, device and batch, of the latest row of each variant."""
     latest: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in results:
         latest[row["source"], row["device"], row["batch"]][row["name"]] = row
     lines = []
     for (source, device, batch), rows in latest.items():
+        versions, dates = {row["torch"] for row in rows.values()}, {row["date"] for row in rows.values()}
         lines += [
             f"\n## {source}\n",
-            f"{device}, batch of {batch}, torch {next(iter(rows.values()))['torch']}, {max(r['date'] for r in rows.values())}\n",
-            "| | time, of plain fine-tuning | operations | memory | time, of the released step | memory | seconds | MiB |",
-            "|---|---|---|---|---|---|---|---|",
+            f"{device}, batch of {batch}, torch {', '.join(sorted(versions))}; {', '.join(sorted(dates))}\n",
+            f"| | {' | '.join(COLUMNS)} |",
+            f"|---|{'---|' * len(COLUMNS)}",
         ]
-        columns = ("time_of_finetune", "operations_of_finetune", "memory_of_finetune", "time_of_released")
-        columns += ("memory_of_released", "seconds", "peak_mib")
         for name, row in rows.items():
-            lines.append(f"| {name} | {' | '.join(str(row.get(column, '–')) for column in columns)} |")
+            lines.append(f"| `{name}` | {' | '.join(str(row.get(key, '–')) for key in COLUMNS.values())} |")
     return "\n".join(lines) + "\n"
 
 

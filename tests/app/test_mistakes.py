@@ -94,6 +94,12 @@ class TestTrain:
         given = start(method="finetune", hf_weight=1, num_class_images=100, pair_batch_size=10)
         refused(*given, told=("finetune has no hf_weight", "remove it"))
 
+    def test_compiling_without_a_compiler(self, start, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("CXX", "nothing++")
+        told = ("torch_compile needs a C++ compiler", "leave torch_compile out")
+        refused(*start(), "--torch-compile", told=told)
+
     def test_unknown_flag(self, start):
         refused(*start(rankk=3), told=("--rankk", "--help"))
 

@@ -1,7 +1,10 @@
 """What a recipe trains: read, checked, and ready for the loop."""
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +22,7 @@ from domainstudio.app.materials import (
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain
+from domainstudio.errors import UserError
 from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
@@ -133,6 +137,8 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     pictures = open_pictures(recipe, model, domain, log)
     objective = recipe_objective(recipe, model)
     find_optimizer(recipe.optimizer)
+    if recipe.torch_compile:
+        _find_compiler(accelerator.device)
     if recipe.stop_when_overfitting:
         find_weights("lpips-vgg")
     draws = objective.needs_prior or train_config(recipe).asks_source
@@ -140,6 +146,21 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
     return Opened(recipe, accelerator, model, domain, pictures, objective, prior, draws)
+
+
+def _find_compiler(device: torch.device) -> None:
+    """As torch.compile looks for one, which would tell after the source samples are drawn, and at length.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if device.type == "cuda":
+        found, needed = find_spec("triton") is not None, "the package triton"
+    else:
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++")))
+        needed = "a C++ compiler (g++, clang++, or the one that CXX names)"
+    if not found:
+        raise UserError(f"torch_compile needs {needed}, and there is none; install it, or leave torch_compile out")
 
 
 def _all_prompts(recipe: Recipe, pictures: TrainingPictures, prior: list[str]) -> list[str]:

@@ -108,10 +108,10 @@ class DiffusionModel:
 
 
 @contextmanager
-def middle_block(network: nn.Module) -> Iterator[list[Tensor]]:
-    """Context with a list of what the UNet's middle block returns inside, pass by pass."""
+def middle_block(network: nn.Module) -> Iterator[list[Any]]:
+    """Context with a list of what the UNet's middle block returns inside, (B, D, h', w') a pass."""
     unet = network.unet if isinstance(network, TextDenoiser) else network
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     hook = unet.get_submodule("mid_block").register_forward_hook(lambda _, __, output: seen.append(output))
     try:
         yield seen
