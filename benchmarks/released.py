@@ -28,8 +28,8 @@ def released_steps(model: DiffusionModel, images: Tensor, batch_size: int, learn
     network = model.network.requires_grad_(True).train()
     loss_of = step_of(model, network, images, batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
-    averages = model.condition is None
-    average = [p.detach().clone() for p in network.parameters()] if averages else []
+    averaged = list(network.parameters()) if model.condition is None else []
+    average = [p.detach().clone() for p in averaged]
     generator = torch.Generator().manual_seed(0)
     while True:
         loss = loss_of(generator)
@@ -37,7 +37,7 @@ def released_steps(model: DiffusionModel, images: Tensor, batch_size: int, learn
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            for kept, parameter in zip(average, network.parameters(), strict=not averages):
+            for kept, parameter in zip(average, averaged, strict=True):
                 kept.mul_(EMA_DECAY).add_(parameter, alpha=1 - EMA_DECAY)
         loss.item()
         yield
@@ -103,7 +103,8 @@ class _Noised:
 
 def _divergence(student: Tensor, source: Tensor) -> Tensor:
     """KL(source || student) of the first three pictures' similarities, mean over all of them."""
-    return F.kl_div(_similarities(student).log(), _similarities(source), reduction="mean")
+    p, q = _similarities(student), _similarities(source)
+    return (q * (q / p).log()).mean()
 
 
 def _similarities(images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a step looks at (Views) and what it minimises (Objective, a list of Terms)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -290,8 +290,3 @@ def _into(
             return model.codec.decode(x if window is None else x[window]).to(x)
 
     return spread(decode)
-
-
-def unweighted(parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Terms as plain numbers; one transfer from the device."""
-    return dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))

@@ -20,7 +20,7 @@ from domainstudio.models.model import DiffusionModel
 from domainstudio.training.ant import DomainClassifier
 from domainstudio.training.binding import BINDING_RATE, Binding, binding_loss
 from domainstudio.training.methods import erase_identifier
-from domainstudio.training.objective import Batch, Objective, Prompts, look, unweighted
+from domainstudio.training.objective import Batch, Objective, Prompts, look
 from domainstudio.training.processes import Processes, open_accelerator
 from domainstudio.training.state import TrainState
 
@@ -290,14 +290,14 @@ def train(
             minimised = erasing if erasing and run.step < config.erase_steps else objective
             if run.is_binding and not run.taught:
                 run.begin_binding()
-            losses = []
+            parts = []
             for part in range(config.gradient_accumulation_steps):
                 batch = deck.training(run.step * config.gradient_accumulation_steps + part, generator)
                 loss, terms = bound(batch, generator) if run.is_binding else learned(minimised, batch, generator)
-                losses.append(unweighted({"loss": loss.detach(), **terms}))
-                _check_finite(losses[-1], run.step + 1, config)
+                parts.append({"loss": loss.detach(), **terms})
                 run.backward(loss / config.gradient_accumulation_steps)
-            metrics = {name: statistics.fmean(part[name] for part in losses) for name in losses[0]}
+            metrics = _means(parts)
+            _check_finite(metrics, run.step + 1, config)
             metrics["grad_norm"] = run.update()
             stopped = _notify(observers, StepEvent(run.step, metrics, run.state, run.averaged), processes)
     return run
@@ -342,10 +342,16 @@ def ema_decay(steps: int) -> float:
     return min(0.9999, 1 - 1 / max(1.0, 0.15 * steps))
 
 
-def _check_finite(losses: dict[str, float], step: int, config: TrainConfig) -> None:
-    if not math.isfinite(losses["loss"]):
+def _means(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Over a step's batches, as numbers. The host waits for the device here, when all passes are under way."""
+    rows = torch.stack([torch.stack(list(part.values())) for part in parts]).tolist()
+    return dict(zip(parts[0], map(statistics.fmean, zip(*rows, strict=True)), strict=True))
+
+
+def _check_finite(metrics: dict[str, float], step: int, config: TrainConfig) -> None:
+    if not math.isfinite(metrics["loss"]):
         raise UserError(
-            f"the loss is {losses['loss']} at step {step} ({losses}); lower the learning_rate "
+            f"the loss is {metrics['loss']} at step {step} ({metrics}); lower the learning_rate "
             f"(now {config.learning_rate:g}) or the weights, or use mixed_precision no or bf16"
         )
 
