@@ -26,7 +26,7 @@ def released_steps(model: DiffusionModel, images: Tensor, batch_size: int, learn
     """Does one step each time it is asked for the next; `images` (N, 3, H, W) are the training pictures."""
     step_of = _unconditional if model.condition is None else _text
     network = model.network.requires_grad_(True).train()
-    loss_of = step_of(model, network, images, batch_size)
+    loss_of = step_of(model, network, images.to(next(network.parameters()).device), batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
     averaged = list(network.parameters()) if model.condition is None else []
     average = [p.detach().clone() for p in averaged]
@@ -65,8 +65,7 @@ def _unconditional(model: DiffusionModel, network: nn.Module, images: Tensor, ba
 
 def _text(model: DiffusionModel, network: nn.Module, images: Tensor, batch_size: int) -> Loss:
     unused_source = copy.deepcopy(network)
-    device = next(network.parameters()).device
-    images = images[torch.arange(batch_size) % len(images)].to(device)
+    images = images[torch.arange(batch_size) % len(images)]
     encoded = model.codec.encode(images.repeat(2, 1, 1, 1))
     told = model.encode_prompts([STUDENT] * batch_size + [CLASS] * batch_size)
     decode = model.codec.vae.decode  # the scale of the latents is not undone there

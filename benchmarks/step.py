@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,7 @@ class Meter:
 
 
 def do_steps(variant: str, args: argparse.Namespace, count: int, meter: Meter) -> None:
-    text = args.text or args.source == "text"
-    prompts = {"instance_prompt": "a portrait in sks style", "class_prompt": "a portrait"} if text else {}
+    prompts = {"instance_prompt": "a portrait in sks style", "class_prompt": "a portrait"} if args.text else {}
     batches = {"train_batch_size": args.batch_size, "pair_batch_size": args.batch_size}
     given = {
         **{"pretrained_model_name_or_path": args.folder, "instance_data_dir": "bundled:ink", "max_train_steps": count},
@@ -120,8 +118,7 @@ def do_steps(variant: str, args: argparse.Namespace, count: int, meter: Meter) -
             noise = starting_noise(opened.model.sample_shape, range(recipe.num_class_images), 0)
             samples = told_samples(noise, recipe, opened.prior)
         model, adaptation = opened.adapt()
-        config = replace(train_config(recipe), use_ema=True)
-        opened.train(model, adaptation, config, samples, (lambda event: meter.tick(),))
+        opened.train(model, adaptation, train_config(recipe), samples, (lambda event: meter.tick(),))
         return
     meter.tick()
     for _ in itertools.islice(steps, count):
@@ -205,7 +202,7 @@ def make_pixel_pipeline(folder: str) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """All variants, taking turns."""
-    variants = args.variants or (TEXT if args.text or args.source == "text" else UNCONDITIONAL)
+    variants = args.variants or (TEXT if args.text else UNCONDITIONAL)
     seconds: dict[str, list[float]] = defaultdict(list)
     peaks, operations = dict.fromkeys(variants, 0), {}
     for number in range(args.rounds):
@@ -278,8 +275,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    text = args.text or args.source == "text"
-    args.batch_size = args.batch_size or (4 if text else 10)
+    args.text = args.text or args.source == "text"
+    args.batch_size = args.batch_size or (4 if args.text else 10)
     if args.table:
         write_tables(args.results, "Cost of a training step", tables(read_rows(args.results)))
         return
