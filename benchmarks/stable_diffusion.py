@@ -10,7 +10,6 @@ or of the GPU).
 import argparse
 import itertools
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,8 @@ import torch
 from PIL import Image
 
 from domainstudio.app.export import export_run
+from domainstudio.app.memory import process_peak_bytes
+from domainstudio.app.opened import train_config
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 
@@ -120,9 +121,10 @@ def measure(args: argparse.Namespace) -> dict:
     finally:
         shutil.rmtree(pictures)
     seconds = [after - before for before, after in itertools.pairwise(finished)][:-1]  # the last has the preview, too
-    learning = recipe.max_train_steps - recipe.binding_steps
+    learning = train_config(recipe).learning_steps
     binding = seconds[learning:]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    process_peak = process_peak_bytes()
     return {
         "method": args.method,
         "space": args.space,
@@ -133,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict:
         "seconds_a_step": round(statistics.median(seconds[:learning]), 1),
         "seconds_a_binding_step": round(statistics.median(binding), 1) if binding else None,
         "seconds_in_all": round(time.perf_counter() - began, 1),
-        "peak_process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_process_gib": None if process_peak is None else round(process_peak / 2**30, 2),
         "peak_gpu_gib": round(peak / 2**30, 2) if peak else None,
         "lora_mib": round(size / 2**20, 1),
         "device": torch.cuda.get_device_name() if peak else f"CPU, {torch.get_num_threads()} threads",

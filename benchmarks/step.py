@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,11 @@ from typing import Any
 
 import torch
 from fewshot import Row, read_rows, write_row, write_tables
-from released import released_steps
+from released import CLASS, STUDENT, released_steps
 from torch.utils.flop_counter import FlopCounterMode
 
 from domainstudio.app.materials import told_samples
+from domainstudio.app.memory import process_peak_bytes
 from domainstudio.app.opened import Opened, open_recipe, train_config
 from domainstudio.app.recipe import build_recipe
 from domainstudio.models.sample import starting_noise
@@ -61,7 +61,7 @@ PSEUDO: dict[str, dict[str, Any]] = {
 BUNDLED = {"latent": "bundled:avatars", "text": "bundled:avatars-text"}
 
 
-def settings_of(variant: str) -> dict[str, str]:
+def settings_of(variant: str) -> dict[str, Any]:
     """Of a recipe, as flags give them."""
     if variant in PSEUDO:
         return PSEUDO[variant]
@@ -89,14 +89,16 @@ class Meter:
 
     @staticmethod
     def peak_bytes() -> int:
-        return torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() if CUDA else process_peak_bytes()
+        assert peak is not None, "memory on the CPU is read on Linux"
+        return peak
 
     def seconds(self) -> list[float]:
         return [after - before for before, after in itertools.pairwise(self.times)][WARM_UP:]
 
 
 def do_steps(variant: str, args: argparse.Namespace, count: int, meter: Meter) -> None:
-    prompts = {"instance_prompt": "a portrait in sks style", "class_prompt": "a portrait"} if args.text else {}
+    prompts = {"instance_prompt": STUDENT, "class_prompt": CLASS} if args.text else {}
     batches = {"train_batch_size": args.batch_size, "pair_batch_size": args.batch_size}
     given = {
         **{"pretrained_model_name_or_path": args.folder, "instance_data_dir": "bundled:ink", "max_train_steps": count},
@@ -201,8 +203,10 @@ def make_pixel_pipeline(folder: str) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """All variants, taking turns."""
-    variants = args.variants or (TEXT if args.text else UNCONDITIONAL)
+    """All variants, taking turns, beside the released step and plain fine-tuning."""
+    usual = TEXT if args.text else UNCONDITIONAL
+    released, baseline = usual[:2]
+    variants = list(dict.fromkeys((released, baseline, *(args.variants or usual))))
     seconds: dict[str, list[float]] = defaultdict(list)
     peaks, operations = dict.fromkeys(variants, 0), {}
     for number in range(args.rounds):
@@ -220,11 +224,11 @@ def compare(args: argparse.Namespace) -> None:
     for variant in variants:
         row: Row = {"source": args.source, "batch": args.batch_size, "seconds": round(medians[variant], 4)}
         row |= {"peak_mib": round(peaks[variant] / 2**20), "steps": len(seconds[variant])}
-        for name, other in (("finetune", variants[1]), ("released", variants[0])):
+        for name, other in (("finetune", baseline), ("released", released)):
             row[f"time_of_{name}"] = round(medians[variant] / medians[other], 2)
             row[f"memory_of_{name}"] = round(peaks[variant] / peaks[other], 2)
         if operations[variant]:
-            row["operations_of_finetune"] = round(operations[variant] / operations[variants[1]], 2)
+            row["operations_of_finetune"] = round(operations[variant] / operations[baseline], 2)
         write_row(args.results, {"name": variant, "device": machine}, row)
 
 
@@ -262,9 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default="latent", help="pixel, latent, text, or a pipeline's folder")
     parser.add_argument("--text", action="store_true", help="the folder is of a text-to-image pipeline")
-    parser.add_argument(
-        "--variants", nargs="+", help=f"the first two are compared with; default: {', '.join(UNCONDITIONAL)}"
-    )
+    parser.add_argument("--variants", nargs="+", help="instead of the usual ones of the kind of model")
     parser.add_argument("--batch-size", type=int, default=None, help="default: 10, text 4")
     parser.add_argument("--steps", type=int, default=8, help="timed in a round")
     parser.add_argument("--rounds", type=int, default=3)
