@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from domainstudio.evaluation.features import load_lpips
 
 HERE = Path(__file__).parent
-DOMAINS = ["sunglasses", "watercolour", "ink"]
+DOMAINS = ["sunglasses", "watercolour", "ink", "grey", "smiles"]
 STYLES = [*DOMAINS, "adventurer", "bigSmile", "dylan", "micah", "notionists", "openPeeps", "personas", "toonHead"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a CPU, the backward pass of plain attention over 64 places is twice as fast as that of the fused kernel.

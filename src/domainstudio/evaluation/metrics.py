@@ -67,18 +67,25 @@ def mean_off_diagonal(table: Tensor) -> float:
     return float((table.sum() - table.trace()) / (len(table) * (len(table) - 1)))
 
 
-def energy_distance(between: Tensor, within_a: Tensor, within_b: Tensor) -> float:
-    """How far two distributions are apart, by distances between samples: unbiased, 0 (and at times below) for the same.
+def way_left(to_target: Tensor, to_source: Tensor, source_to_target: Tensor, among_target: Tensor) -> float:
+    """What is left of the way from a source to a target, along the line between their mean embeddings.
+
+    2 (mean(target) - mean(samples)) · (mean(target) - mean(source)), unbiased, out of squared distances; at the source it
+    is the squared distance of the two means, twice. Of so few samples it tells what distances between them drown:
+    samples and source are drawn of the same noise, so what both share cancels, and where the pictures do not
+    change, nothing is added.
 
     Args:
-        between: (N, M) distances from each sample of one to each of the other; a metric, such as the root of LPIPS.
-        within_a: (N, N) among those of the one, N >= 2.
-        within_b: (M, M) among those of the other, M >= 2.
+        to_target: (N, M) squared distances from each sample to each of the target.
+        to_source: (N, N) from each sample to each of the source; sample i and source i share their noise, so their own
+            distance is left out.
+        source_to_target: (N, M).
+        among_target: (M, M), M >= 2.
 
-    Source: Székely & Rizzo 2013 (doi 10.1016/j.jspi.2013.03.018), eq. 5, over pairs of different samples.
-    Trap: a copier's is the lowest of all.
+    Trap: below 0 for copies, which are further along than new samples of the target: they share its accidents.
     """
-    return 2 * float(between.mean()) - mean_off_diagonal(within_a) - mean_off_diagonal(within_b)
+    to_come = float(to_target.mean()) + float(source_to_target.mean())
+    return to_come - mean_off_diagonal(to_source) - mean_off_diagonal(among_target)
 
 
 def gaussian_distance(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:

@@ -18,15 +18,15 @@ from domainstudio.evaluation.pictures import Networks
 
 MAX_PX = 128
 """Side at which LPIPS looks at larger pictures."""
-LEAST_STYLE = 0.1
-"""Of the mean distance between training pictures: what style distances are at least divided by."""
+LEAST_WAY = 0.1
+"""Of the mean distance between training pictures: what the way left is at least divided by."""
 PATIENCE = 3
 """Readings without a better one after which a run is overfitting, if its pictures are also too close."""
 COLLAPSED = 0.6
 """Closeness below which outputs have collapsed onto training pictures."""
 CROWDED = 0.4
 """Share of the outputs that are nearest to one training picture, above which it is named."""
-ARRIVED = 0.5
+ARRIVED = 0.25
 """Style distance above which the style has not arrived."""
 
 
@@ -38,9 +38,9 @@ class Reading:
     image, over the same of each training picture to the others. 1 is right: as far from the ten as each of them from
     the other nine; towards 0 they are copies; far above 1 they are not of the domain.
     `diversity`: mean LPIPS distance between two of them, over that between two training pictures. 1 is right.
-    `style_distance`: energy distance between them and the training pictures, over that of the source: 1 before
-    training, 0 when no difference is left. Where the source is so near that few pictures cannot tell, over a tenth of
-    the mean distance between training pictures.
+    `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.way_left`): 1
+    before training, 0 for new pictures of the domain, and for copies. Where the source is so near that few pictures
+    cannot tell, over a tenth of the mean distance between training pictures.
     `drift`: mean LPIPS distance to what the source drew of the same noise.
     `crowded`: the training pictures, counted from 1, that more than their share of the pictures are nearest to.
     """
@@ -106,8 +106,9 @@ class Watch:
         either = torch.minimum(self._among_training, pairwise_lpips(plain, mirrored))
         self._apart = float(either.fill_diagonal_(float("inf")).min(1).values.mean())
         self._source = self._networks.embeddings(source)
-        to_come = self._style_distance(pairwise_lpips(self._source, plain), pairwise_lpips(self._source, self._source))
-        self._to_come = max(to_come, LEAST_STYLE * mean_off_diagonal(self._among_training.sqrt()))
+        self._source_to_training = pairwise_lpips(self._source, plain)
+        whole = self._way_left(self._source_to_training, pairwise_lpips(self._source, self._source))
+        self._whole_way = max(whole, LEAST_WAY * mean_off_diagonal(self._among_training))
 
     @torch.inference_mode()
     def read(self, step: int, images: Tensor) -> Reading:
@@ -121,13 +122,13 @@ class Watch:
             step,
             closeness=float(distances.mean()) / self._apart,
             diversity=mean_off_diagonal(among) / mean_off_diagonal(self._among_training),
-            style_distance=max(0.0, self._style_distance(plain, among)) / self._to_come,  # a copier's is below 0
+            style_distance=max(0.0, self._way_left(plain, pairwise_lpips(seen, self._source))) / self._whole_way,
             drift=metrics.drift(seen, self._source),
             crowded=tuple(int(index) + 1 for index in (share > CROWDED).nonzero()),
         )
 
-    def _style_distance(self, to_training: Tensor, among: Tensor) -> float:
-        return metrics.energy_distance(to_training.sqrt(), among.sqrt(), self._among_training.sqrt())
+    def _way_left(self, to_training: Tensor, to_source: Tensor) -> float:
+        return metrics.way_left(to_training, to_source, self._source_to_training, self._among_training)
 
 
 def choose(readings: Sequence[Reading]) -> Reading | None:
