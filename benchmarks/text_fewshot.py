@@ -20,9 +20,7 @@ from fewshot import (
     NUMBERS,
     UNWATCHED,
     Row,
-    best_honest,
     by_step,
-    judged,
     mean_of,
     name_of,
     parse_entry,
@@ -183,6 +181,16 @@ def tables(results: list[Row]) -> str:
                 lines.append(f"| {name} | {step or '–'} | {len(group)} | {' | '.join(cells)} |")
         lines += ["", *verdicts(rows)]
     return "\n".join(lines) + "\n"
+
+
+def best_honest(steps: dict[int, list[Row]], real_rate: float) -> tuple[int, list[Row]] | None:
+    """The step with the lowest mean held-out KID among those that do not copy."""
+    honest = [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
+    return min(honest, key=lambda item: mean_of(item[1], "kid"), default=None)
+
+
+def judged(met: bool) -> str:
+    return "(met)" if met else "(MISSED)"
 
 
 def verdicts(rows: list[Row]) -> list[str]:

@@ -23,6 +23,7 @@ from fewshot import (
     evaluator_of,
     measure_anchor,
     read_rows,
+    wanted,
     write_row,
     write_tables,
 )
@@ -108,14 +109,6 @@ def trials(args: argparse.Namespace) -> None:
                 "highest_closeness": round(max(values), 3),
             }
             write_row(args.results, {"domain": domain, "name": f"planted {name}", "seed": 0, "step": 0}, row)
-
-
-def wanted(row: Row, real: Row, source: Row) -> float:
-    """What held-out pictures say of a checkpoint, lower is better.
-
-    KID over the source's, plus the distance of Intra-LPIPS from that of the real pictures, over it.
-    """
-    return row["kid"] / source["kid"] + abs(row["intra_lpips"] / real["intra_lpips"] - 1)
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
