@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", default=["model", "crop", "pixel"])
     parser.add_argument("--methods", nargs="+", default=["studio"])
     parser.add_argument("--batch-size", type=int, default=4 if torch.cuda.is_available() else 1)
-    parser.add_argument("--steps", type=int, default=4, help="at least 2; half of them are binding; the last one is not timed")
+    parser.add_argument("--steps", type=int, default=4, help="at least 2; half of them bind; the last is not timed")
     parser.add_argument("--mixed-precision", default="bf16")
     parser.add_argument("--without", action="store_true", help="without gradient checkpointing too")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -70,10 +70,10 @@ def mean_off_diagonal(table: Tensor) -> float:
 def way_left(to_target: Tensor, to_source: Tensor, source_to_target: Tensor, among_target: Tensor) -> float:
     """What is left of the way from a source to a target, along the line between their mean embeddings.
 
-    2 (mean(target) - mean(samples)) · (mean(target) - mean(source)), unbiased, out of squared distances; at the source it
-    is the squared distance of the two means, twice. Of so few samples it tells what distances between them drown:
-    samples and source are drawn of the same noise, so what both share cancels, and where the pictures do not
-    change, nothing is added.
+    2 (mean(target) - mean(samples)) · (mean(target) - mean(source)), unbiased, out of squared distances: 0 for new
+    samples of the target, twice the squared distance of both means for the source. It sees a small attribute arrive
+    that a distance between two sets of so few samples does not: what samples and source have in common, being drawn of
+    the same noise, cancels.
 
     Args:
         to_target: (N, M) squared distances from each sample to each of the target.

@@ -38,8 +38,8 @@ class Reading:
     image, over the same of each training picture to the others. 1 is right: as far from the ten as each of them from
     the other nine; towards 0 they are copies; far above 1 they are not of the domain.
     `diversity`: mean LPIPS distance between two of them, over that between two training pictures. 1 is right.
-    `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.way_left`): 1
-    before training, 0 for new pictures of the domain, and for copies. Where the source is so near that few pictures
+    `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.way_left`):
+    1 before training, 0 for new pictures of the domain, and for copies. Where the source is so near that few pictures
     cannot tell, over a tenth of the mean distance between training pictures.
     `drift`: mean LPIPS distance to what the source drew of the same noise.
     `crowded`: the training pictures, counted from 1, that more than their share of the pictures are nearest to.
