@@ -119,6 +119,11 @@ def at(step: int, closeness: float = 1.0, style_distance: float = 0.1, crowded: 
 RUN = [at(0, 2.0, 1.0), at(50, 1.2, 0.25), at(100, 0.95, 0.2), at(150, 0.5, 0.15), at(200, 0.3, 0.1, (3, 7))]
 
 
+@pytest.mark.parametrize(("closeness", "style_distance", "score"), [(0.8, 0.3, 0.3), (0.5, 0.3, 0.5), (1.4, 0.3, 0.4)])
+def test_the_score_is_the_worse_of_the_two(closeness, style_distance, score):
+    assert at(50, closeness, style_distance).score == pytest.approx(score)
+
+
 def test_the_best_is_the_lowest_score_after_the_source():
     assert choose(RUN).step == 100
     assert choose([at(0, 1.0, 0.0), at(50, 1.3, 0.9)]).step == 50

@@ -54,11 +54,12 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """Lower is better: what is left of the way to the domain, and how far closeness is from where it should be.
+        """Lower is better: what is left of the way to the domain, or how far closeness is from where it should be,
+        whichever is worse.
 
         Stands for held-out KID and Intra-LPIPS, which no one has at hand while training.
         """
-        return self.style_distance + abs(1 - self.closeness)
+        return max(self.style_distance, abs(1 - self.closeness))
 
     def to_json(self) -> dict[str, float | list[int]]:
         """Plain JSON, with the score."""
