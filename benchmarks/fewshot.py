@@ -165,6 +165,11 @@ def by_step(rows: list[Row], name: str) -> dict[int, list[Row]]:
     return dict(sorted(groups.items()))
 
 
+def honest(steps: dict[int, list[Row]], real_rate: float) -> list[tuple[int, list[Row]]]:
+    """The checkpoints of `by_step` with hardly more copies than there are among real pictures."""
+    return [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
+
+
 def wanted(row: Row, real: Row, source: Row) -> float:
     """What held-out pictures say of a checkpoint, lower is better.
 
@@ -184,10 +189,8 @@ def best_of_each(rows: list[Row]) -> dict[str, tuple[int, list[Row]]]:
         return wanted({name: mean_of(group, name) for name in ("kid", "intra_lpips")}, real, source)
 
     for name in METHODS:
-        steps = by_step(rows, name).items()
-        honest = [(s, rs) for s, rs in steps if mean_of(rs, "copy_rate") <= real["copy_rate"] + COPY_ALLOWANCE]
-        if honest:
-            best[name] = min(honest, key=lambda item: score(item[1]))
+        if checkpoints := honest(by_step(rows, name), real["copy_rate"]):
+            best[name] = min(checkpoints, key=lambda item: score(item[1]))
     return best
 
 

@@ -21,6 +21,7 @@ from fewshot import (
     UNWATCHED,
     Row,
     by_step,
+    honest,
     mean_of,
     name_of,
     parse_entry,
@@ -185,8 +186,7 @@ def tables(results: list[Row]) -> str:
 
 def best_honest(steps: dict[int, list[Row]], real_rate: float) -> tuple[int, list[Row]] | None:
     """The step with the lowest mean held-out KID among those that do not copy."""
-    honest = [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
-    return min(honest, key=lambda item: mean_of(item[1], "kid"), default=None)
+    return min(honest(steps, real_rate), key=lambda item: mean_of(item[1], "kid"), default=None)
 
 
 def judged(met: bool) -> str:

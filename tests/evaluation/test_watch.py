@@ -58,7 +58,7 @@ def test_the_source_is_all_of_the_way_off():
 
 
 def test_the_way_left_is_its_definition():
-    """Means over different pairs, written out with vectors; the stub of `pairwise_lpips` is a squared distance."""
+    """Means over different pairs, written out with vectors."""
     samples, source, target = torch.randn(6, 3), torch.randn(6, 3) - 1, torch.randn(4, 3) + 1
     terms = [
         (target[k] - samples[i]) @ (target[m] - source[j])
