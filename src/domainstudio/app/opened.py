@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.materials import (
@@ -22,6 +23,7 @@ from domainstudio.app.materials import (
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain
+from domainstudio.data.symmetry import SYMMETRIC_BELOW, asymmetry
 from domainstudio.errors import UserError
 from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
@@ -75,6 +77,7 @@ class Opened:
     """What a recipe trains, read and checked; nothing is written yet, and no adapter is in the network."""
 
     recipe: Recipe
+    """With what was chosen from the pictures."""
     accelerator: Accelerator
     model: DiffusionModel
     domain: Domain
@@ -145,7 +148,22 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
+    if recipe.random_flip is None and model.condition is None:
+        recipe = recipe.model_copy(update={"random_flip": _face_both_ways(pictures.images, log)})
     return Opened(recipe, accelerator, model, domain, pictures, objective, prior, draws)
+
+
+def _face_both_ways(pictures: Tensor, log: Callable[[str], None]) -> bool:
+    """Whether they may be mirrored; says so."""
+    found = asymmetry(pictures)
+    if found < SYMMETRIC_BELOW:
+        log(
+            f"training pictures are mirrored at random: they face both ways (asymmetry {found:.2f}); "
+            "--no-random-flip where a mirror image would be wrong, such as of writing"
+        )
+        return True
+    log(f"training pictures are not mirrored: they face one way (asymmetry {found:.2f}); --random-flip does it anyway")
+    return False
 
 
 def _find_compiler(device: torch.device) -> None:
@@ -187,7 +205,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         max_grad_norm=recipe.max_grad_norm,
         weight_decay=recipe.weight_decay,
         use_ema=recipe.use_ema,
-        random_flip=recipe.random_flip,
+        random_flip=bool(recipe.random_flip),
         pair_batch_size=recipe.pair_batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         optimizer=recipe.optimizer,

@@ -117,7 +117,7 @@ def probe(recipe: Recipe, tell: Tell = lambda facts: None) -> Probe:
         samples = _source_samples(opened, cost) if opened.draws else None
         model, adaptation = opened.adapt()
         steps = _Steps(opened, model, cost)
-        config = replace(train_config(recipe), max_train_steps=MOST_STEPS + 1, erase_steps=0, binding_steps=0)
+        config = replace(train_config(opened.recipe), max_train_steps=MOST_STEPS + 1, erase_steps=0, binding_steps=0)
         opened.train(model, adaptation, config, samples if opened.objective.needs_prior else None, (steps,))
     except torch.OutOfMemoryError:
         return Probe(facts, None)

@@ -75,7 +75,11 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     use_ema: bool = Field(True, description="average the weights over about the last seventh of the run")
-    random_flip: bool = Field(False, description="mirror training pictures at random")
+    random_flip: bool | None = Field(
+        None,
+        description="mirror training pictures at random; default: where they are as like each other's mirror images as "
+        "each other (text models: no)",
+    )
     pairing: Literal["training", "source_samples"] | None = Field(None, description="which pictures form pairs")
     centre_pairs: bool | None = Field(None, description="compare pairs after taking out the batch's mean picture")
     high_noise_weight: float | None = Field(

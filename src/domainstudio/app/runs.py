@@ -45,7 +45,7 @@ def train_run(
     log = processes.on_main(log)
     resume = find_start(folder, recipe, resume_from_checkpoint, log)
     opened = open_recipe(recipe, accelerator, log)
-    config = train_config(recipe)
+    config = train_config(opened.recipe)
     processes.check_batches(**config.batches(recipe.num_class_images if opened.draws else None))
     _begin(folder, recipe, resume, processes)
     samples = None
