@@ -1,7 +1,8 @@
 """Ten-shot benchmark on the bundled domains: `python benchmarks/fewshot.py` (resumable; `--table` writes the tables).
 
 Every run trains with fixed seeds and is measured at several steps with its averaged weights: held-out KID, Intra-LPIPS,
-copies. Anchors: the un-adapted source, a pure copier, the real held-out pictures. One JSON object a measurement is
+copies; and read by the watch, which sees fewer pictures and none of those held out (benchmarks/watch.py says how well
+it chooses). Anchors: the un-adapted source, a pure copier, the real held-out pictures. One JSON object a measurement is
 appended to docs/benchmarks/fewshot.jsonl; what is there already is not measured again, so several processes may share
 the work (`--domains ink`, `--seeds 1`, ...).
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from domainstudio.app.draw import draw_from
 from domainstudio.app.materials import open_source
@@ -28,15 +30,19 @@ from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.evaluate import Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
-from domainstudio.models.sample import decode, sample
+from domainstudio.evaluation.watch import Watch
+from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sample import decode, sample, through_codec
 from domainstudio.training.train import StepEvent
 
 RESULTS = Path(__file__).parents[1] / "docs/benchmarks/fewshot.jsonl"
 NUMBERS = ("kid", "fid", "intra_lpips", "copy_rate", "nearest_lpips", "num_images", "num_reference")
 ANCHORS = ("source", "copier", "real")
 DEFAULT = "studio"
-METHODS = (DEFAULT, "finetune", "domainstudio", "ddpm_pa", "domainstudio_released")
+METHODS = (DEFAULT, "finetune", "domainstudio", "domainstudio_released")  # ddpm_pa is domainstudio under another name
+SOURCE = "bundled:avatars"
 SAMPLING_SEED, SAMPLING_STEPS = 77, 25
+WATCH_SEED, NUM_WATCHED = 12_345, 16
 COPY_ALLOWANCE = 0.02
 
 UNWATCHED = {"watch": False, "validation_steps": 10**6, "checkpointing_steps": 10**6, "num_validation_images": 1}
@@ -46,11 +52,11 @@ Row = dict[str, Any]
 
 
 class Measurer:
-    """Called by the training loop; samples and measures at the asked steps."""
+    """Called by the training loop; samples, measures and lets the watch read at the asked steps."""
 
-    def __init__(self, model, evaluator: Evaluator, steps: list[int], num_images: int, record):
-        self.model, self.evaluator, self.steps = model, evaluator, steps
-        self.num_images, self.record = num_images, record
+    def __init__(self, domain: str, steps: list[int], num_images: int, record):
+        self.model, self.evaluator, self.watch = open_source(SOURCE), evaluator_of(domain), watch_of(domain)
+        self.steps, self.num_images, self.record = steps, num_images, record
         self.started = time.perf_counter()
 
     def __call__(self, event: StepEvent) -> None:
@@ -58,10 +64,17 @@ class Measurer:
             return
         begin = time.perf_counter()
         with event.averaged() as network:
-            x0 = sample(self.model, network, self.num_images, SAMPLING_SEED, SAMPLING_STEPS)
-        result = numbers_of(self.evaluator.evaluate(decode(self.model, x0)))
-        self.record(event.step, result, begin - self.started)
+            pictures = draw(self.model, network, self.num_images, SAMPLING_SEED)
+            watched = draw(self.model, network, NUM_WATCHED, WATCH_SEED)
+        result = numbers_of(self.evaluator.evaluate(pictures))
+        reading = self.watch.read(event.step, watched)
+        self.record(event.step, result | {"reading": reading.to_json()}, begin - self.started)
         self.started += time.perf_counter() - begin
+
+
+def draw(model: DiffusionModel, network: nn.Module, num_images: int, seed: int) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]."""
+    return decode(model, sample(model, network, num_images, seed, SAMPLING_STEPS))
 
 
 @cache
@@ -71,11 +84,19 @@ def evaluator_of(domain: str) -> Evaluator:
     return Evaluator(training, heldout, Protocol())
 
 
+@cache
+def watch_of(domain: str) -> Watch:
+    """As `train` sets it up, but with noise of its own: held-out pictures judge others than those that it sees."""
+    source = open_source(SOURCE)
+    training = through_codec(source, load_domain(f"bundled:{domain}", 64).images)
+    return Watch(training, draw(source, source.network, NUM_WATCHED, WATCH_SEED))
+
+
 def measure_anchor(domain: str, anchor: str, args: argparse.Namespace) -> None:
     evaluator = evaluator_of(domain)
     measures = {
         "source": lambda: evaluator.evaluate(
-            draw_from(open_source("bundled:avatars"), args.num_images, SAMPLING_SEED, SAMPLING_STEPS)
+            draw_from(open_source(SOURCE), args.num_images, SAMPLING_SEED, SAMPLING_STEPS)
         ),
         "copier": lambda: evaluator.copier(args.num_images),
         "real": evaluator.real,
@@ -106,8 +127,7 @@ def measure_run(
                 **settings,
             },
         )
-        source = open_source("bundled:avatars")
-        measurer = Measurer(source, evaluator_of(domain), at, args.num_images, record)
+        measurer = Measurer(domain, at, args.num_images, record)
         train_run(recipe, observers=(measurer,))
 
 
@@ -229,15 +249,15 @@ def tables(results: list[Row]) -> str:
         rows = [row for row in results if row["domain"] == domain]
         lines += [
             f"\n## {domain}\n",
-            "| | step | seeds | KID x10³ | FID | Intra-LPIPS | copies | training seconds |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | step | seeds | KID x10³ | FID | Intra-LPIPS | nearest | copies | training seconds |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for name in sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: (name not in ANCHORS, name)):
             for step, group in by_step(rows, name).items():
-                numbers = (("kid", 1, 1), ("fid", 0, 1), ("intra_lpips", 3, 1), ("copy_rate", 1, 100))
-                cells = [spread(group, key, digits, scale) for key, digits, scale in numbers]
+                numbers = (("kid", 1), ("fid", 0), ("intra_lpips", 3), ("nearest_lpips", 3))
+                cells = [spread(group, key, digits) for key, digits in numbers]
+                cells.append(f"{spread(group, 'copy_rate', 1, 100)} %")
                 seconds = f"{statistics.median(r['seconds'] for r in group):.0f}" if "seconds" in group[0] else "–"
-                cells[-1] += " %"
                 lines.append(f"| {name} | {step or '–'} | {len(group)} | {' | '.join(cells)} | {seconds} |")
         told, ahead = comparison(rows)
         lines += ["", *told]
@@ -250,12 +270,12 @@ def tables(results: list[Row]) -> str:
 
 ABLATIONS = ("studio hf_weight=0 image_weight=0", 'studio pairing="training"', "studio centre_pairs=false")
 NEAR = [
-    *(f"{method} @ 50,75" for method in METHODS[1:]),
-    f"{DEFAULT} @ 95,125",
-    *(f"{method} @ 95" for method in ABLATIONS),
+    *(f"{method} @ 50,75,100,150" for method in METHODS[1:]),
+    f"{DEFAULT} @ 100,125,150,200",
+    *(f"{method} @ 150" for method in ABLATIONS),
 ]
 FAR = [
-    *(f"{method} @ 400,500" for method in METHODS),
+    *(f"{method} @ 200,300,400,500" for method in METHODS),
     *(f"{method} @ 500" for method in ABLATIONS),
 ]
 PLAN = {"ink": FAR, "sunglasses": NEAR, "watercolour": NEAR, "grey": NEAR, "smiles": FAR}

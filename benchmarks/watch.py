@@ -1,101 +1,47 @@
-"""Does the watch choose well? `python benchmarks/watch.py` (resumable; `--trials`, `--table`).
+"""Does the watch choose well? `python benchmarks/watch.py --table`, and `--trials`.
 
-Every run (methods x domains x seeds) is looked at at many steps, with its averaged weights, twice: by the watch, from
-few pictures and the training pictures alone, and by held-out pictures (KID, Intra-LPIPS, copies). One JSON object a
-checkpoint is appended to docs/benchmarks/watch.jsonl. `--table` says how much worse than the best checkpoint the one is
-that the watch chooses, and how the two orders agree. `--trials` plants copiers and perfect samplers: sets of training
-pictures through the autoencoder, and of real held-out pictures, as they are and through it, 100 of each a domain.
+Every run of benchmarks/fewshot.py (methods x domains x seeds) is looked at at several steps, twice: by the watch, from
+few pictures and the training pictures alone, and by held-out pictures (KID, Intra-LPIPS, copies). `--table` says how
+much worse than the best checkpoint the one is that the watch chooses, and how the two orders agree. `--trials` plants
+copiers and perfect samplers: sets of training pictures through the autoencoder, and of real held-out pictures, as they
+are and through it, 100 of each a domain; appended to docs/benchmarks/watch.jsonl.
 """
 
 import argparse
 import statistics
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import fewshot
 import torch
-from fewshot import (
-    COPY_ALLOWANCE,
-    SAMPLING_SEED,
-    SAMPLING_STEPS,
-    UNWATCHED,
-    Row,
-    evaluator_of,
-    measure_anchor,
-    read_rows,
-    wanted,
-    write_row,
-    write_tables,
-)
-from torch import Tensor
+from fewshot import COPY_ALLOWANCE, NUM_WATCHED, PLAN, SOURCE, Row, read_rows, wanted, write_row, write_tables
 
 from domainstudio.app.materials import open_source
-from domainstudio.app.recipe import build_recipe
-from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.watch import COLLAPSED, Reading, Watch, choose
-from domainstudio.models.sample import decode, sample, through_codec
-from domainstudio.training.train import StepEvent
+from domainstudio.models.sample import decode, through_codec
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs/benchmarks/watch.jsonl"
-SOURCE = "bundled:avatars"
-DOMAINS = ("ink", "sunglasses", "watercolour", "grey", "smiles")
-METHODS = ("finetune", "studio")
-STEPS = (50, 100, 150, 200, 300, 400)
-WATCH_SEED = 12_345
+RESULTS = fewshot.RESULTS.with_name("watch.jsonl")
 NUM_TRIALS = 100
-
-
-def measure_run(domain: str, method: str, seed: int, args: argparse.Namespace) -> None:
-    """One run, looked at at every step of STEPS; its rows are written at its end, so that a part of a run is none."""
-    training, model = load_domain(f"bundled:{domain}", 64).images, open_source(SOURCE)
-    evaluator = evaluator_of(domain)
-
-    def draw(network, num: int, noise: int) -> Tensor:
-        return decode(model, sample(model, network, num, noise, SAMPLING_STEPS))
-
-    watch = Watch(through_codec(model, training), draw(model.network, args.num_watched, WATCH_SEED))
-    rows = []
-
-    def look(event: StepEvent) -> None:
-        if event.step in STEPS:
-            with event.averaged() as network:
-                pictures = draw(network, args.num_images, SAMPLING_SEED)
-                reading = watch.read(event.step, draw(network, args.num_watched, WATCH_SEED))
-            found = evaluator.evaluate(pictures).to_json()
-            rows.append({name: found[name] for name in ("kid", "intra_lpips", "copy_rate")} | reading.to_json())
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "instance_data_dir": f"bundled:{domain}",
-            "output_dir": f"{folder}/run",
-            "method": method,
-            "max_train_steps": max(STEPS),
-            "seed": seed,
-            **UNWATCHED,
-        }
-        train_run(build_recipe(None, settings), observers=(look,))
-    numbers = {"num_images": args.num_images, "num_watched": args.num_watched}
-    for row in rows:
-        write_row(args.results, {"domain": domain, "name": method, "seed": seed, "step": row["step"]}, row | numbers)
+LEAST_CHECKPOINTS = 3
+"""That a run needs for there to be a choice."""
 
 
 def trials(args: argparse.Namespace) -> None:
     """Planted copiers and perfect samplers, as the watch sees them."""
     model = open_source(SOURCE)
-    for domain in DOMAINS:
+    for domain in args.domains:
         training, real = load_domain(f"bundled:{domain}", 64).images, heldout_pictures(f"bundled:{domain}", 64)
         assert real is not None
         generator = torch.Generator().manual_seed(1)  # other latents of the pictures than the watch's
         copies = decode(model, model.codec.draw(model.codec.encode(training), generator))
         redrawn = through_codec(model, real)
-        watch = Watch(through_codec(model, training), real[: args.num_watched])
+        watch = Watch(through_codec(model, training), real[:NUM_WATCHED])
         closeness: dict[str, list[float]] = defaultdict(list)
         for _ in range(NUM_TRIALS):
-            chosen = torch.randperm(len(real), generator=generator)[: args.num_watched]
+            chosen = torch.randperm(len(real), generator=generator)[:NUM_WATCHED]
             sets = {
-                "copier": copies[torch.randint(len(copies), (args.num_watched,), generator=generator)],
+                "copier": copies[torch.randint(len(copies), (NUM_WATCHED,), generator=generator)],
                 "sampler": real[chosen],
                 "sampler, through the autoencoder": redrawn[chosen],
             }
@@ -117,8 +63,8 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(*ranks)
 
 
-def tables(results: list[Row]) -> str:
-    """Markdown: per run the steps chosen and their KID, and the planted sets."""
+def tables(results: list[Row], planted: list[Row]) -> str:
+    """Markdown: per run of `results` the steps chosen and their KID; and the planted sets."""
     lines = [
         "\n| domain | method | seed | best, held-out: step, KID, Intra | chosen by the watch | KID over best | "
         "over lowest honest | rank correlation |",
@@ -127,19 +73,22 @@ def tables(results: list[Row]) -> str:
     anchors = {(row["domain"], row["name"]): row for row in results if row["name"] in ("real", "source")}
     runs: dict[tuple, list[Row]] = defaultdict(list)
     for row in results:
-        if row["name"] in METHODS:
+        if "reading" in row:
             runs[row["domain"], row["name"], row["seed"]].append(row)
     ratios, honest_ratios, correlations = [], [], []
     for (domain, method, seed), rows in sorted(runs.items()):
+        if len(rows) < LEAST_CHECKPOINTS:
+            continue
         scores = [wanted(row, anchors[domain, "real"], anchors[domain, "source"]) for row in rows]
         best = rows[scores.index(min(scores))]
-        readings = [Reading.from_json(row) for row in rows]
+        readings = [Reading.from_json(row["reading"]) for row in rows]
         reading = choose(readings)
         assert reading is not None
         chosen = rows[readings.index(reading)]
         ratios.append(chosen["kid"] / best["kid"])
         limit = anchors[domain, "real"]["copy_rate"] + COPY_ALLOWANCE
-        honest_ratios.append(chosen["kid"] / min(row["kid"] for row in rows if row["copy_rate"] <= limit))
+        lowest = min((row["kid"] for row in rows if row["copy_rate"] <= limit), default=best["kid"])
+        honest_ratios.append(chosen["kid"] / lowest)
         correlations.append(rank_correlation(scores, [reading.score for reading in readings]))
         shown = [f"{row['step']}, {row['kid']:.0f}, {row['intra_lpips']:.3f}" for row in (best, chosen)]
         lines.append(
@@ -154,41 +103,28 @@ def tables(results: list[Row]) -> str:
         "\n| planted | domain | trials | called copiers | closeness |",
         "|---|---|---|---|---|",
     ]
-    for row in results:
-        if row["name"].startswith("planted"):
-            low, high = row["lowest_closeness"], row["highest_closeness"]
-            lines.append(
-                f"| {row['name'][8:]} | {row['domain']} | {row['trials']} | {row['called_copiers']} | {low} to {high} |"
-            )
+    for row in planted:
+        low, high = row["lowest_closeness"], row["highest_closeness"]
+        lines.append(
+            f"| {row['name'][8:]} | {row['domain']} | {row['trials']} | {row['called_copiers']} | {low} to {high} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--domains", nargs="+", default=DOMAINS)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--num-images", type=int, default=100, help="compared with held-out pictures")
-    parser.add_argument("--num-watched", type=int, default=16, help="that the watch sees")
+    parser.add_argument("--domains", nargs="+", default=list(PLAN), choices=list(PLAN))
+    parser.add_argument("--runs", type=Path, default=fewshot.RESULTS, help="what benchmarks/fewshot.py measured")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--trials", action="store_true", help="planted copiers and perfect samplers instead of runs")
-    parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--trials", action="store_true", help="plant copiers and perfect samplers")
+    task.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
     args = parser.parse_args()
-    if args.table:
-        write_tables(args.results, "Does the watch choose well?", tables(read_rows(args.results)))
-        return
     if args.trials:
         trials(args)
-        return
-    for seed in args.seeds:
-        for method in args.methods:
-            for domain in args.domains:
-                done = {(row["domain"], row["name"], row["seed"]) for row in read_rows(args.results)}
-                if (domain, "real", 0) not in done:
-                    measure_anchor(domain, "real", args)
-                    measure_anchor(domain, "source", args)
-                if (domain, method, seed) not in done:
-                    measure_run(domain, method, seed, args)
+    else:
+        told = tables(read_rows(args.runs), read_rows(args.results))
+        write_tables(args.results, "Does the watch choose well?", told)
 
 
 if __name__ == "__main__":

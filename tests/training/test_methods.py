@@ -186,7 +186,7 @@ def _kl(ps, qs):
 
 
 def _level_weight(prediction, alpha, sigma):
-    weight = 0.1 + 0.9 * alpha**4 / (alpha**4 + sigma**4)
+    weight = 0.07 + 0.93 * alpha**4 / (alpha**4 + sigma**4)
     own = {"epsilon": alpha**2, "x0": sigma**2, "v": 1.0, "flow": 1.0}[prediction]
     return min(1.0, weight / own)
 

@@ -360,6 +360,16 @@ def test_min_snr_weights_are_the_papers(gamma):
     assert (table["epsilon"] < 1).any()
 
 
+def test_studio_gives_high_noise_a_tenth(text_models):
+    model = text_models()
+    views = see(model, adapt(model, "lora"), build_objective("studio", model))
+    simple = [
+        build_objective("studio", model, **given)(views)[1]["simple"]
+        for given in ({}, {"high_noise_weight": 0.1}, {"high_noise_weight": 0.07})
+    ]
+    assert simple[0] == simple[1] != simple[2]
+
+
 @both
 @pytest.mark.parametrize("method", ["finetune", "dreambooth", "domainstudio"])
 def test_snr_gamma_weights_the_denoising_error_alone(text_models, name, method):
@@ -377,7 +387,7 @@ def test_snr_gamma_weights_the_denoising_error_alone(text_models, name, method):
 
 def test_two_weights_of_noise_levels_are_refused(text_models, models):
     model = text_models()
-    told = r"snr_gamma=5 and high_noise_weight=0\.\d both weight noise levels; give one of them"
+    told = r"snr_gamma=5 and high_noise_weight=0\.\d+ both weight noise levels; give one of them"
     with pytest.raises(UserError, match=told):
         build_objective("domainstudio", model, snr_gamma=5.0, high_noise_weight=0.5)
     with pytest.raises(UserError, match=told):

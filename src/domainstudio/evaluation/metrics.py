@@ -174,7 +174,8 @@ def intra_lpips_cdc(
         max_per_cluster: at least 2.
 
     Source: Ojha et al. 2021 (arXiv 2104.06820), section 4.
-    Trap: dropping hides training pictures that the model never approaches; CRDI's count is lower for the same images.
+    Trap: dropping hides training pictures that the model never approaches; CRDI's count is lower for the same images. A
+    picture and its own mirror image are varied: a model that recites mirrored pictures does not come out at 0.
     """
     values = [
         _mean_pair(embeddings[members[torch.randperm(len(members), generator=generator)[:max_per_cluster]]])

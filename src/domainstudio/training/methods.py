@@ -109,19 +109,22 @@ def studio(
     feature_weight: float = 0.0,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
-    high_noise_weight: float = 0.1,
+    high_noise_weight: float | None = None,
     snr_gamma: float | None = None,
     space: Space | None = "model",
     with_prior_preservation: bool = False,
     prior_loss_weight: float = 1.0,
     prior_target: PriorTarget = "source",
 ) -> Objective:
-    """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise.
+    """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise: 0.07,
+    and 0.1 for text-to-image models.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
     less, and its own less, too. docs/decisions.md says why these are the defaults.
     """
+    if high_noise_weight is None:
+        high_noise_weight = 0.07 if model.condition is None else 0.1
     return domainstudio(
         model,
         image_weight=image_weight,
