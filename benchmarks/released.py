@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from domainstudio.diffusion.prediction import target, to_x0
 from domainstudio.diffusion.schedule import add_noise
 from domainstudio.losses.haar import high_frequency
+from domainstudio.models.codec import VaeCodec
+from domainstudio.models.frozen import FrozenConv2d
 from domainstudio.models.model import DiffusionModel
 
 STUDENT, CLASS = "a portrait in sks style", "a portrait"
@@ -26,6 +28,10 @@ def released_steps(model: DiffusionModel, images: Tensor, batch_size: int, learn
     """Does one step each time it is asked for the next; `images` (N, 3, H, W) are the training pictures."""
     step_of = _unconditional if model.condition is None else _text
     network = model.network.requires_grad_(True).train()
+    if isinstance(model.codec, VaeCodec):  # whose convolutions are to keep what PyTorch's keep
+        for module in model.codec.vae.modules():
+            if isinstance(module, FrozenConv2d):
+                module.__class__ = nn.Conv2d
     loss_of = step_of(model, network, images.to(next(network.parameters()).device), batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
     averaged = list(network.parameters()) if model.condition is None else []

@@ -2,8 +2,9 @@
 
 Variants are a method and settings of a recipe ("studio adapter=lora mixed_precision=bf16"), and are trained as a run
 trains them. Each is a process of its own; they take turns for some rounds, so that whatever else the machine does meets
-all of them. Medians of seconds a step, the peak of memory above what it was once the model was loaded, and operations
-(counted, not estimated), as ratios to plain fine-tuning of all weights and to the released code's arithmetic.
+all of them. Medians of seconds a step; operations, and the most memory that tensors take at once above what they took
+once the model was loaded, both counted; as ratios to plain fine-tuning of all weights and to the released code's
+arithmetic. `--count` counts alone, which other work on the machine does not disturb.
 
 `floor` is what `domainstudio` cannot do without: one pass of the student there and back, one of the source there;
 `floor pairs` is that of `studio`, with as many source samples beside the training pictures. `word` and `binding` are
@@ -30,7 +31,7 @@ from released import CLASS, STUDENT, released_steps
 from torch.utils.flop_counter import FlopCounterMode
 
 from domainstudio.app.materials import told_samples
-from domainstudio.app.memory import process_peak_bytes
+from domainstudio.app.memory import Peak, standing_bytes
 from domainstudio.app.opened import Opened, open_recipe, train_config
 from domainstudio.app.recipe import build_recipe
 from domainstudio.models.sample import starting_noise
@@ -39,6 +40,7 @@ from domainstudio.training.processes import open_accelerator
 
 RESULTS = Path(__file__).parents[1] / "docs/benchmarks/step.jsonl"
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 WARM_UP = 2
 """First steps of a process that are not timed."""
 RELEASED, BASELINE = "released", "finetune"
@@ -70,15 +72,18 @@ def settings_of(variant: str) -> dict[str, Any]:
 
 
 class Meter:
-    """Reads the clock and the memory."""
+    """Reads the clock, the operations and the memory."""
 
-    def __init__(self) -> None:
-        self.loaded_bytes, self.times = 0, []
+    def __init__(self, counter: FlopCounterMode | None = None, peak: Peak | None = None) -> None:
+        self.counter, self.peak = counter, peak
+        self.times: list[float] = []
         self.operations: list[int] = []
-        self.counter: FlopCounterMode | None = None
+        self.loaded_bytes = 0
 
     def loaded(self) -> None:
-        self.loaded_bytes = self.peak_bytes()
+        if self.peak is not None:
+            self.loaded_bytes = standing_bytes(DEVICE)
+            self.peak.start()
 
     def tick(self) -> None:
         if CUDA:
@@ -86,12 +91,6 @@ class Meter:
         self.times.append(time.perf_counter())
         if self.counter is not None:
             self.operations.append(self.counter.get_total_flops())
-
-    @staticmethod
-    def peak_bytes() -> int:
-        peak = torch.cuda.max_memory_allocated() if CUDA else process_peak_bytes()
-        assert peak is not None, "memory on the CPU is read on Linux"
-        return peak
 
     def seconds(self) -> list[float]:
         return [after - before for before, after in itertools.pairwise(self.times)][WARM_UP:]
@@ -120,7 +119,7 @@ def do_steps(variant: str, args: argparse.Namespace, count: int, meter: Meter) -
             noise = starting_noise(opened.model.sample_shape, range(recipe.num_class_images), 0)
             samples = told_samples(noise, recipe, opened.prior)
         model, adaptation = opened.adapt()
-        opened.train(model, adaptation, train_config(recipe), samples, (lambda event: meter.tick(),))
+        opened.train(model, adaptation, train_config(opened.recipe), samples, (lambda event: meter.tick(),))
         return
     meter.tick()
     for _ in itertools.islice(steps, count):
@@ -148,10 +147,19 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     meter = Meter()
     do_steps(variant, args, args.steps + WARM_UP, meter)
-    result = {"seconds": meter.seconds(), "peak_bytes": meter.peak_bytes() - meter.loaded_bytes, "operations": None}
-    if args.count and "torch_compile" not in variant:
-        counting = Meter()
-        with FlopCounterMode(display=False) as counting.counter:
+    return {"seconds": meter.seconds()}
+
+
+def count(variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What one variant does and takes, in this process."""
+    torch.manual_seed(0)
+    weighing = Meter(peak=Peak(DEVICE))
+    do_steps(variant, args, 2, weighing)
+    weighing.peak.stop()
+    result = {"bytes": weighing.peak.bytes - weighing.loaded_bytes, "operations": None}
+    if "torch_compile" not in variant:
+        with FlopCounterMode(display=False) as counter:
+            counting = Meter(counter)
             do_steps(variant, args, 2, counting)
         result["operations"] = counting.operations[-1] - counting.operations[-2]
     return result
@@ -202,34 +210,49 @@ def make_pixel_pipeline(folder: str) -> None:
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
 
 
-def compare(args: argparse.Namespace) -> None:
-    """All variants, taking turns, beside the released step and plain fine-tuning."""
+def variants_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those to measure; the released step and plain fine-tuning, which the others are compared with, come first."""
     usual = TEXT if args.text else UNCONDITIONAL
-    released, baseline = usual[:2]
-    variants = list(dict.fromkeys((released, baseline, *(args.variants or usual))))
+    return tuple(dict.fromkeys((*usual[:2], *(args.variants or usual))))
+
+
+def in_a_process(task: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, args.source, "--folder", args.folder, "--one", variant, "--task", task]
+    command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps), *(["--text"] if args.text else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare_times(args: argparse.Namespace) -> None:
+    """All variants, taking turns."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    peaks, operations = dict.fromkeys(variants, 0), {}
-    for number in range(args.rounds):
-        for variant in variants:
-            command = [sys.executable, __file__, args.source, "--folder", args.folder, "--one", variant]
-            command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps)]
-            command += [*(["--text"] if args.text else []), *(["--count"] if number == 0 else [])]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
-            seconds[variant] += result["seconds"]
-            peaks[variant] = max(peaks[variant], result["peak_bytes"])
-            operations.setdefault(variant, result["operations"])
+    released, baseline, *_ = variants = variants_of(args)
+    for _, variant in itertools.product(range(args.rounds), variants):
+        seconds[variant] += in_a_process("measure", variant, args)["seconds"]
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-    machine = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     for variant in variants:
-        row: Row = {"source": args.source, "batch": args.batch_size, "seconds": round(medians[variant], 4)}
-        row |= {"peak_mib": round(peaks[variant] / 2**20), "steps": len(seconds[variant])}
+        row: Row = {"seconds": round(medians[variant], 4), "steps": len(seconds[variant])}
         for name, other in (("finetune", baseline), ("released", released)):
             row[f"time_of_{name}"] = round(medians[variant] / medians[other], 2)
-            row[f"memory_of_{name}"] = round(peaks[variant] / peaks[other], 2)
-        if operations[variant]:
-            row["operations_of_finetune"] = round(operations[variant] / operations[baseline], 2)
-        write_row(args.results, {"name": variant, "device": machine}, row)
+        write_row(args.results, key_of(variant, args), row)
+
+
+def compare_counts(args: argparse.Namespace) -> None:
+    """Operations and memory of all variants."""
+    released, baseline, *_ = variants = variants_of(args)
+    counted = {variant: in_a_process("count", variant, args) for variant in variants}
+    for variant, found in counted.items():
+        row: Row = {"mib": round(found["bytes"] / 2**20)}
+        for name, other in (("finetune", baseline), ("released", released)):
+            row[f"memory_of_{name}"] = round(found["bytes"] / counted[other]["bytes"], 3)
+        if found["operations"]:
+            row["operations_of_finetune"] = round(found["operations"] / counted[baseline]["operations"], 2)
+        write_row(args.results, key_of(variant, args), row)
+
+
+def key_of(variant: str, args: argparse.Namespace) -> Row:
+    machine = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    return {"name": variant, "device": machine, "source": args.source, "batch": args.batch_size}
 
 
 COLUMNS = {
@@ -239,15 +262,15 @@ COLUMNS = {
     "time of the released step": "time_of_released",
     "memory of it": "memory_of_released",
     "seconds": "seconds",
-    "MiB": "peak_mib",
+    "MiB": "mib",
 }
 
 
 def tables(results: list[Row]) -> str:
-    """Markdown: a table a source, device and batch, of the latest row of each variant."""
-    latest: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    """Markdown: a table a source, device and batch, of what was measured last of each variant."""
+    latest: dict[tuple, dict[str, Row]] = defaultdict(lambda: defaultdict(dict))
     for row in results:
-        latest[row["source"], row["device"], row["batch"]][row["name"]] = row
+        latest[row["source"], row["device"], row["batch"]][row["name"]].update(row)
     lines = []
     for (source, device, batch), rows in latest.items():
         versions, dates = {row["torch"] for row in rows.values()}, {row["date"] for row in rows.values()}
@@ -273,9 +296,10 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="where the time of one step goes")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
+    parser.add_argument("--count", action="store_true", help="operations and memory, no times")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=["measure", "count"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.text = args.text or args.source == "text"
     args.batch_size = args.batch_size or (4 if args.text else 10)
@@ -283,7 +307,7 @@ def main() -> None:
         write_tables(args.results, "Cost of a training step", tables(read_rows(args.results)))
         return
     if args.one:
-        print(json.dumps(measure(args.one, args)))
+        print(json.dumps({"measure": measure, "count": count}[args.task](args.one, args)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         args.folder = BUNDLED.get(args.source, scratch if args.source == "pixel" else args.source)
@@ -293,7 +317,9 @@ def main() -> None:
             for variant in args.variants or [BASELINE, "domainstudio", "studio"]:
                 print(json.dumps({"name": variant} | parts(variant, args)))
             return
-        compare(args)
+        if not args.count:
+            compare_times(args)
+        compare_counts(args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from domainstudio.errors import UserError
 from domainstudio.models.condition import TextDenoiser
+from domainstudio.models.frozen import keep_no_inputs
 from domainstudio.models.identifier import find_embedding
 
 LoraLayers = Literal["all", "attention"]
@@ -108,6 +109,7 @@ class LoraAdaptation:
                 self.embedding.vector.requires_grad_(True)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()  # of a network in half precision, too
+        keep_no_inputs(self.network)
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
 
     @contextmanager

@@ -7,6 +7,8 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from domainstudio.models.frozen import keep_no_inputs
+
 
 def fitting_batch(side_px: int) -> int:
     """How many pictures of that side are encoded, drawn or decoded at once: 32 up to 128 px, 2 at 512 px."""
@@ -50,6 +52,7 @@ class VaeCodec:
 
     def __init__(self, vae: AutoencoderKL | VQModel):
         self.vae: Any = vae.requires_grad_(False).eval()
+        keep_no_inputs(vae)
         self.scale = float(self.vae.config.get("scaling_factor") or 1.0)
         self.shift = float(self.vae.config.get("shift_factor") or 0.0)
         self.checkpointing = False
