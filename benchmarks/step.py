@@ -244,7 +244,7 @@ def compare_counts(args: argparse.Namespace) -> None:
     for variant, found in counted.items():
         row: Row = {"mib": round(found["bytes"] / 2**20)}
         for name, other in (("finetune", baseline), ("released", released)):
-            row[f"memory_of_{name}"] = round(found["bytes"] / counted[other]["bytes"], 3)
+            row[f"memory_of_{name}"] = round(found["bytes"] / counted[other]["bytes"], 2)
         if found["operations"]:
             row["operations_of_finetune"] = round(found["operations"] / counted[baseline]["operations"], 2)
         write_row(args.results, key_of(variant, args), row)
