@@ -28,6 +28,7 @@ def start(tmp_path, pipelines, pictures):
 
     def arguments(**changes: object) -> list[str]:
         given = {"pretrained_model_name_or_path": pipelines("pixel_epsilon"), "instance_data_dir": pictures}
+        given["random_flip"] = False  # said, so that nothing is told of it
         return ["train", *flags(**{**FAST, **given, "output_dir": tmp_path / "run", **changes})]
 
     return arguments

@@ -155,7 +155,7 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
 
 def _face_both_ways(pictures: Tensor, log: Callable[[str], None]) -> bool:
     """Whether they may be mirrored; says so."""
-    found = asymmetry(pictures)
+    found = max(0.0, asymmetry(pictures))
     if found < SYMMETRIC_BELOW:
         log(
             f"training pictures are mirrored at random: they face both ways (asymmetry {found:.2f}); "
