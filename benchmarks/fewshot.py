@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from domainstudio.app.draw import draw_from
 from domainstudio.app.materials import open_source
@@ -31,7 +30,6 @@ from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.evaluate import Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
 from domainstudio.evaluation.watch import Watch
-from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sample import decode, sample, through_codec
 from domainstudio.training.train import StepEvent
 
@@ -64,17 +62,14 @@ class Measurer:
             return
         begin = time.perf_counter()
         with event.averaged() as network:
-            pictures = draw(self.model, network, self.num_images, SAMPLING_SEED)
-            watched = draw(self.model, network, NUM_WATCHED, WATCH_SEED)
+            pictures, watched = (
+                decode(self.model, sample(self.model, network, num, seed, SAMPLING_STEPS))
+                for num, seed in ((self.num_images, SAMPLING_SEED), (NUM_WATCHED, WATCH_SEED))
+            )
         result = numbers_of(self.evaluator.evaluate(pictures))
         reading = self.watch.read(event.step, watched)
         self.record(event.step, result | {"reading": reading.to_json()}, begin - self.started)
         self.started += time.perf_counter() - begin
-
-
-def draw(model: DiffusionModel, network: nn.Module, num_images: int, seed: int) -> Tensor:
-    """(N, 3, H, W) in [-1, 1]."""
-    return decode(model, sample(model, network, num_images, seed, SAMPLING_STEPS))
 
 
 @cache
@@ -89,7 +84,7 @@ def watch_of(domain: str) -> Watch:
     """As `train` sets it up, but with noise of its own: held-out pictures judge others than those that it sees."""
     source = open_source(SOURCE)
     training = through_codec(source, load_domain(f"bundled:{domain}", 64).images)
-    return Watch(training, draw(source, source.network, NUM_WATCHED, WATCH_SEED))
+    return Watch(training, draw_from(source, NUM_WATCHED, WATCH_SEED, SAMPLING_STEPS))
 
 
 def measure_anchor(domain: str, anchor: str, args: argparse.Namespace) -> None:
