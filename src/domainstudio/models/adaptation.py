@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from domainstudio.errors import UserError
 from domainstudio.models.condition import TextDenoiser
 from domainstudio.models.frozen import keep_no_inputs
+from domainstudio.models.fused_lora import fuse
 from domainstudio.models.identifier import find_embedding
 
 LoraLayers = Literal["all", "attention"]
@@ -110,6 +111,7 @@ class LoraAdaptation:
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()  # of a network in half precision, too
         keep_no_inputs(self.network)
+        fuse(self.network)
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
 
     @contextmanager
