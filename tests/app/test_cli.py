@@ -39,6 +39,7 @@ RECIPE_FLAGS = [
     "--max-grad-norm",
     "--weight-decay",
     "--use-ema",
+    "--ema-decay",
     "--random-flip",
     "--pairing",
     "--centre-pairs",

@@ -140,6 +140,9 @@ def test_settings_without_effect_are_warned_of():
     assert Recipe(instance_data_dir="x", rank=4, adapter="lora").warnings() == []
     warned = " ".join(Recipe(instance_data_dir="x", method="finetune", num_class_images=20).warnings())
     assert "num_class_images" in warned
+    (warning,) = Recipe(instance_data_dir="x", use_ema=False, ema_decay=0.9).warnings()
+    assert "ema_decay" in warning
+    assert Recipe(instance_data_dir="x", ema_decay=0.9).warnings() == []
 
 
 def test_a_recipe_cannot_be_changed():

@@ -47,6 +47,16 @@ def test_the_average_against_its_recurrence_in_float64(models, adapter):
     assert any(not torch.equal(a, p) for a, p in zip(training.average, training.parameters, strict=True))
 
 
+def test_a_decay_of_ones_own_holds_from_the_first_step_on(models):
+    training = start(models, ema_decay=0.9)
+    expected = [p.detach().double() for p in training.parameters]
+    for _ in range(3):
+        step(training)
+        expected = [0.9 * e + 0.1 * p.detach().double() for e, p in zip(expected, training.parameters, strict=True)]
+    for average, value in zip(training.average, expected, strict=True):
+        torch.testing.assert_close(average.double(), value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_very_short_run_ends_with_its_last_weights(models):
     training = start(models, max_train_steps=6)
     step(training)

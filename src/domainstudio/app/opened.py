@@ -205,6 +205,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         max_grad_norm=recipe.max_grad_norm,
         weight_decay=recipe.weight_decay,
         use_ema=recipe.use_ema,
+        ema_decay=recipe.ema_decay,
         random_flip=bool(recipe.random_flip),
         pair_batch_size=recipe.pair_batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,

@@ -74,7 +74,14 @@ class Recipe(BaseModel):
     lr_warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
-    use_ema: bool = Field(True, description="average the weights over about the last seventh of the run")
+    use_ema: bool = Field(True, description="take the average of the weights, not the last ones")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="what that average keeps of itself at each step, from the first one on, such as 0.9999; default: "
+        "averages over about the last seventh of the run",
+    )
     random_flip: bool | None = Field(
         None,
         description="mirror training pictures at random; default: where they are as like each other's mirror images as "
@@ -224,6 +231,8 @@ class Recipe(BaseModel):
         unused = []
         if self.adapter == "full":
             unused += [(name, "adapter is full") for name in ("rank", "lora_alpha", "lora_layers") if name in given]
+        if not self.use_ema and self.ema_decay is not None:
+            unused.append(("ema_decay", "use_ema is off"))
         if self.pairs != "source_samples" and self.instance_prompt is None:
             names = ("pair_batch_size",) if self.method == "ant" else ("num_class_images", "pair_batch_size")
             unused += [(name, "pairs are not formed of source samples") for name in names if name in given]

@@ -42,6 +42,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     weight_decay: float = 0.01
     use_ema: bool = True
+    ema_decay: float | None = None
+    """Of the average at every step; None: `ema_decay`, warmed up."""
     random_flip: bool = False
     pair_batch_size: int = 10
     """Source samples a step, where the objective looks at them."""
@@ -179,7 +181,7 @@ class Training:
         self.optimizer.zero_grad()
         self.step += 1
         if self.average:
-            decay = min(ema_decay(steps), (done + 1) / (done + 11))
+            decay = config.ema_decay or min(ema_decay(steps), (done + 1) / (done + 11))
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter, 1 - decay)
         return norm.item()
