@@ -19,10 +19,11 @@ from domainstudio.app.materials import open_source
 from domainstudio.data.domain import load_domain
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
 from domainstudio.models.sample import sample, starting_noise
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import METHODS, build_objective
 from domainstudio.training.objective import Batch
 from domainstudio.training.processes import Processes, leave, open_accelerator
-from domainstudio.training.train import TrainConfig, train
+from domainstudio.training.train import train
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ THIRD_PARTIES = {  # where each may be imported; any other, torchmetrics for one
     "peft": ("models/",),
     "PIL": ("data/", "evaluation/", "app/"),
     "accelerate": ("training/", "app/"),
-    **dict.fromkeys(("bitsandbytes", "prodigyopt"), ("training/train.py",)),
+    **dict.fromkeys(("bitsandbytes", "prodigyopt"), ("training/optimisation.py",)),
     **{"pydantic": ("app/recipe.py",), "rich": ("app/",)},
 }
 PROBE = """

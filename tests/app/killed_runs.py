@@ -13,7 +13,7 @@ import torch
 import domainstudio.training.state as state
 from domainstudio.app import cli, materials
 from domainstudio.training import observers
-from domainstudio.training.train import Training
+from domainstudio.training.optimisation import Training
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["domainstudio.app.cli", "domainstudio.app.runs", "domainstudio.app.console"])

@@ -15,10 +15,12 @@ from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training import ant
 from domainstudio.training.binding import Binding
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Batch, Prompts
+from domainstudio.training.optimisation import Training
 from domainstudio.training.processes import leave
-from domainstudio.training.train import StopTraining, TrainConfig, Training, train
+from domainstudio.training.train import StopTraining, train
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from domainstudio.diffusion.prediction import to_noise
 from domainstudio.diffusion.schedule import over
 from domainstudio.errors import UserError
 from domainstudio.training.ant import DomainClassifier, hardest_noise
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import ant, build_objective, finetune
-from domainstudio.training.train import TrainConfig, train
+from domainstudio.training.train import train
 
 pytest_plugins = "text_kit"
 KINDS = ["pixel_epsilon", "pixel_v", "latent_v", "pixel_flow"]

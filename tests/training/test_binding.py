@@ -9,11 +9,12 @@ from training_kit import Log, perturb, same
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
 from domainstudio.training.binding import HOLD_WEIGHT, Binding, binding_loss
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import finetune, studio
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.observers import Checkpoints
 from domainstudio.training.state import load_checkpoint
-from domainstudio.training.train import TrainConfig, train
+from domainstudio.training.train import train
 
 pytest_plugins = "text_kit"
 

@@ -5,7 +5,8 @@ import torch
 from accelerate import Accelerator
 from training_kit import adapt, run
 
-from domainstudio.training.train import TrainConfig, Training, ema_decay
+from domainstudio.training.config import TrainConfig
+from domainstudio.training.optimisation import Training, ema_decay
 
 both = pytest.mark.parametrize("adapter", ["full", "lora"])
 

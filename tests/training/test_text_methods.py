@@ -15,9 +15,11 @@ from training_kit import Log, adapt, perturb
 from domainstudio.data.batches import batch_indices, step_generator
 from domainstudio.diffusion.weighting import min_snr_weight
 from domainstudio.errors import UserError
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective, domainstudio, erase_identifier, finetune
 from domainstudio.training.objective import Batch, Prompts, look
-from domainstudio.training.train import TrainConfig, Training, train
+from domainstudio.training.optimisation import Training
+from domainstudio.training.train import train
 
 pytest_plugins = "text_kit"
 

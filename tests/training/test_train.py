@@ -6,9 +6,10 @@ from tiny_models import KINDS
 from training_kit import UNCONDITIONAL, Log, adapt, make_images, make_prior, perturb, run
 
 from domainstudio.errors import UserError
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective, Term
-from domainstudio.training.train import TrainConfig, train
+from domainstudio.training.train import train
 
 both = pytest.mark.parametrize("adapter", ["full", "lora"])
 

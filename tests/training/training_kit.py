@@ -5,9 +5,11 @@ from torch import Tensor
 
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import METHODS, build_objective
 from domainstudio.training.objective import Batch, Views, look
-from domainstudio.training.train import TrainConfig, Training, train
+from domainstudio.training.optimisation import Training
+from domainstudio.training.train import train
 
 UNCONDITIONAL = [method for method in METHODS if method != "dreambooth"]
 """The methods that need no prompts."""

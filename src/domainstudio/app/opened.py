@@ -29,10 +29,12 @@ from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
 from domainstudio.quiet import quiet
+from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
+from domainstudio.training.optimisation import Training, find_optimizer
 from domainstudio.training.state import TrainState
-from domainstudio.training.train import Observer, TrainConfig, Training, find_optimizer, train
+from domainstudio.training.train import Observer, train
 
 
 def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> Adaptation:

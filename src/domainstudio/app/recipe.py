@@ -12,9 +12,9 @@ from domainstudio.data.captions import CaptionSource
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import LoraLayers
 from domainstudio.models.identifier import find_identifier
+from domainstudio.training.config import MixedPrecision, OptimizerName
 from domainstudio.training.methods import Method
 from domainstudio.training.objective import Pairing, Space
-from domainstudio.training.train import MixedPrecision, OptimizerName
 
 TEXT_DEFAULTS = {
     "adapter": "lora",

@@ -1,0 +1,45 @@
+"""What batches are drawn from."""
+
+import torch
+from torch import Tensor
+
+from domainstudio.data.batches import batch_indices
+from domainstudio.models.adaptation import Adaptation
+from domainstudio.models.model import DiffusionModel
+from domainstudio.training.ant import DomainClassifier
+from domainstudio.training.config import TrainConfig
+from domainstudio.training.objective import Batch, Prompts
+
+
+class Deck:
+    """The training pictures, encoded once, and the source samples."""
+
+    def __init__(
+        self, model: DiffusionModel, config: TrainConfig, images: Tensor, prior: Batch | None, prompts: Prompts | None
+    ):
+        self.codec, self.config, self.prior = model.codec, config, prior
+        self.prompts = prompts or Prompts()
+        self.encoded = model.codec.encode(images)
+        self.mirrored = model.codec.encode(images.flip(-1)) if config.random_flip else self.encoded
+
+    def training(self, index: int, generator: torch.Generator) -> Batch:
+        """The batch number `index` of training pictures."""
+        rows = batch_indices(len(self.encoded), self.config.train_batch_size, self.config.seed, index)
+        batch = self.encoded[rows]
+        if self.config.random_flip:
+            flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+            batch = torch.where(flip.to(batch.device), self.mirrored[rows], batch)
+        return Batch(self.codec.draw(batch, generator), self.prompts[rows])
+
+    def source_samples(self, generator: torch.Generator) -> Batch:
+        """Some of them, drawn anew each time."""
+        assert self.prior is not None
+        chosen = torch.randperm(len(self.prior.x0), generator=generator)[: self.config.pair_batch_size]
+        return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
+
+    def fit(self, classifier: DomainClassifier, adaptation: Adaptation) -> None:
+        """Fits a classifier to all of both."""
+        assert self.prior is not None
+        generator = torch.Generator().manual_seed(self.config.seed)
+        pictures = self.codec.draw(self.encoded, generator)
+        classifier.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)
