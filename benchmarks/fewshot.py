@@ -266,7 +266,7 @@ def tables(results: list[Row]) -> str:
 ABLATIONS = ("studio hf_weight=0 image_weight=0", 'studio pairing="training"', "studio centre_pairs=false")
 NEAR = [
     *(f"{method} @ 50,75,100,150" for method in METHODS[1:]),
-    f"{DEFAULT} @ 100,125,150,200",
+    f"{DEFAULT} @ 75,100,125,150",
     *(f"{method} @ 150" for method in ABLATIONS),
 ]
 FAR = [

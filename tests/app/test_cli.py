@@ -44,6 +44,7 @@ RECIPE_FLAGS = [
     "--pairing",
     "--centre-pairs",
     "--high-noise-weight",
+    "--high-noise-mean-weight",
     "--snr-gamma",
     "--noise-offset",
     "--erase-steps",

@@ -109,6 +109,27 @@ def test_the_weight_of_a_noise_level(prediction):
         assert (weight.diff() <= 1e-12).all()
 
 
+@pytest.mark.parametrize("name", ["pixel_epsilon", "latent_v"])
+def test_colours_have_a_weight_of_their_own_at_high_noise(models, name):
+    model = models(name)
+    adaptation = adapt(model, "full")
+    perturb(adaptation)
+    views = look_at(model, adaptation, build_objective("domainstudio", model))
+
+    def simple(method="domainstudio", **given):
+        return build_objective(method, model, **given)(views)[1]["simple"].item()
+
+    plain, low = simple(), simple(high_noise_weight=0.05)
+    apart = simple(high_noise_weight=0.05, high_noise_mean_weight=1.0)
+    assert low < apart < plain
+    assert simple(high_noise_weight=0.05, high_noise_mean_weight=0.07) == low
+    assert simple("studio") == apart, "the default of studio"
+    view = views.training
+    of_means = (view.student.output - view.target).double().mean((2, 3)).square().mean(1)
+    taken = (1 - level_weight(model.prediction, view.alpha, view.sigma, 0.0)) * of_means
+    assert simple(high_noise_mean_weight=0.0) == pytest.approx(plain - taken.mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_the_feature_term_compares_what_middle_blocks_say(models, adapter):
     model = models("latent_v")
@@ -185,8 +206,8 @@ def _kl(ps, qs):
     return sum(p * math.log(p / q) for row, other in zip(ps, qs, strict=True) for p, q in zip(row, other, strict=True))
 
 
-def _level_weight(prediction, alpha, sigma):
-    weight = 0.07 + 0.93 * alpha**4 / (alpha**4 + sigma**4)
+def _level_weight(prediction, alpha, sigma, at_high_noise):
+    weight = at_high_noise + (1 - at_high_noise) * alpha**4 / (alpha**4 + sigma**4)
     own = {"epsilon": alpha**2, "x0": sigma**2, "v": 1.0, "flow": 1.0}[prediction]
     return min(1.0, weight / own)
 
@@ -210,10 +231,13 @@ def _slow_terms(views, prediction, method):
         snr = (training.alpha[i].double() / training.sigma[i].double()) ** 2
         weight = 1.0 if released else min(1.0, snr.item())
         hfmse += weight * (_hf(estimate) - _hf(picture.double())).square().mean().item() / len(training.t)
-    errors = (training.student.output.detach().double() - training.target.double()).square().flatten(1).mean(1).tolist()
-    levels = zip(training.alpha.tolist(), training.sigma.tolist(), strict=True)
-    weights = [_level_weight(prediction, alpha, sigma) if ours else 1.0 for alpha, sigma in levels]
-    simple = sum(w * e for w, e in zip(weights, errors, strict=True)) / len(errors)
+    simple = 0.0
+    for i, error in enumerate(training.student.output.detach().double() - training.target.double()):
+        means = error.mean((1, 2), keepdim=True)
+        level = prediction, training.alpha[i].item(), training.sigma[i].item()
+        form, colour = (_level_weight(*level, weight) if ours else 1.0 for weight in (0.05, 1.0))
+        squared = form * (error - means).square() + colour * means.square()
+        simple += squared.mean().item() / len(training.t)
     hf_student, hf_source = [_hf(x) for x in student], [_hf(x) for x in source]
     return {
         "simple": simple,

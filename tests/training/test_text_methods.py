@@ -395,6 +395,8 @@ def test_two_weights_of_noise_levels_are_refused(text_models, models):
     with pytest.raises(UserError, match=told):
         build_objective("studio", models("pixel_epsilon"), snr_gamma=5.0)
     build_objective("studio", models("pixel_epsilon"), snr_gamma=5.0, high_noise_weight=1.0)
+    with pytest.raises(UserError, match=r"snr_gamma=5 and high_noise_mean_weight=0\.5 both"):
+        build_objective("domainstudio", model, snr_gamma=5.0, high_noise_mean_weight=0.5)
 
 
 def test_noise_offset_adds_one_constant_to_each_channel(text_models):

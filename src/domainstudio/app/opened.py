@@ -61,6 +61,7 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         pairing=recipe.pairing,
         centre_pairs=recipe.centre_pairs,
         high_noise_weight=recipe.high_noise_weight,
+        high_noise_mean_weight=recipe.high_noise_mean_weight,
         snr_gamma=recipe.snr_gamma,
         image_weight=recipe.image_weight,
         hf_weight=recipe.hf_weight,

@@ -92,6 +92,9 @@ class Recipe(BaseModel):
     high_noise_weight: float | None = Field(
         None, ge=0, le=1, description="weight of the denoising error where all is noise; 1 where all is picture"
     )
+    high_noise_mean_weight: float | None = Field(
+        None, ge=0, le=1, description="the same of its part that wrong means of channels make, which are colours"
+    )
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting of the denoising error, usually 5")
     noise_offset: float = Field(0.0, ge=0, description="constant added to each channel's noise, usually 0.05")
     erase_steps: int = Field(

@@ -10,6 +10,14 @@ def simple_loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).mean(1)
 
 
+def mean_error(output: Tensor, target: Tensor) -> Tensor:
+    """The part of L_simple that a wrong mean makes: mean over channels of (mean of output - target)².
+
+    (B, C, H, W) -> (B,).
+    """
+    return (output - target).mean((2, 3)).square().mean(1)
+
+
 def high_frequency_error(x0_estimate: Tensor, x0: Tensor) -> Tensor:
     """L_hfmse: mean of (hf(x0_estimate) - hf(x0))² over each picture, (B, C, H, W) -> (B,).
 
