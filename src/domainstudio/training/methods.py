@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -261,10 +262,12 @@ def _denoising_terms(
 
     def weighted_simple(views: Views) -> Tensor:
         view = views.training
-        output, target, level = view.student.output, view.target, (model.prediction, view.alpha, view.sigma)
+        output, target = view.student.output, view.target
         if snr_gamma is not None:
-            return (min_snr_weight(*level, snr_gamma) * simple_loss(output, target)).mean()
-        weight, weight_of_means = level_weight(*level, high_noise_weight), level_weight(*level, high_noise_mean_weight)
+            weight = min_snr_weight(model.prediction, view.alpha, view.sigma, snr_gamma)
+            return (weight * simple_loss(output, target)).mean()
+        weight_of = partial(level_weight, model.prediction, view.alpha, view.sigma)
+        weight, weight_of_means = weight_of(high_noise_weight), weight_of(high_noise_mean_weight)
         return (weight * simple_loss(output, target) + (weight_of_means - weight) * mean_error(output, target)).mean()
 
     simple = Term("simple", 1.0, weighted_simple)
