@@ -20,7 +20,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     use_ema: bool = True
     ema_decay: float | None = None
-    """Of the average at every step; None: `ema_decay`, warmed up."""
+    """Of the average at every step; None: what `optimisation.ema_decay` says of the run, warmed up."""
     random_flip: bool = False
     pair_batch_size: int = 10
     """Source samples a step, where the objective looks at them."""
