@@ -252,23 +252,29 @@ def _denoising_terms(
 ) -> tuple[Term, ...]:
     if high_noise_mean_weight is None:
         high_noise_mean_weight = high_noise_weight
-    named = {"high_noise_weight": high_noise_weight, "high_noise_mean_weight": high_noise_mean_weight}
-    for name, given in named.items():
-        if snr_gamma is not None and given != 1:
-            raise UserError(
-                f"snr_gamma={snr_gamma:g} and {name}={given:g} both weight noise levels; give one of them ({name} 1 is "
-                "none)"
-            )
+    if snr_gamma is not None:
+        for name, given in (
+            ("high_noise_weight", high_noise_weight),
+            ("high_noise_mean_weight", high_noise_mean_weight),
+        ):
+            if given != 1:
+                raise UserError(
+                    f"snr_gamma={snr_gamma:g} and {name}={given:g} both weight noise levels; give one of them ({name} "
+                    "1 is none)"
+                )
 
     def weighted_simple(views: Views) -> Tensor:
         view = views.training
         output, target = view.student.output, view.target
-        if snr_gamma is not None:
+        level_of = partial(level_weight, model.prediction, view.alpha, view.sigma)
+        if snr_gamma is None:
+            weight = level_of(high_noise_weight)
+        else:
             weight = min_snr_weight(model.prediction, view.alpha, view.sigma, snr_gamma)
-            return (weight * simple_loss(output, target)).mean()
-        weight_of = partial(level_weight, model.prediction, view.alpha, view.sigma)
-        weight, weight_of_means = weight_of(high_noise_weight), weight_of(high_noise_mean_weight)
-        return (weight * simple_loss(output, target) + (weight_of_means - weight) * mean_error(output, target)).mean()
+        loss = weight * simple_loss(output, target)
+        if high_noise_mean_weight != high_noise_weight:
+            loss = loss + (level_of(high_noise_mean_weight) - weight) * mean_error(output, target)
+        return loss.mean()
 
     simple = Term("simple", 1.0, weighted_simple)
     if not model.learned_variance:
