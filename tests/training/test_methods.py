@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from training_kit import UNCONDITIONAL, adapt, look_at, perturb
@@ -22,6 +23,7 @@ def test_every_method_builds_for_every_kind_of_model(models, method, name):
     names = [term.name for term in objective.terms]
     expected = ["simple", *(["vlb"] if name == "pixel_learned" else [])]
     expected += ["image", "hf", "hfmse"] if method in PAIRED else []
+    expected += ["colour"] if method == "studio" else []
     assert names == expected
     assert (objective.pairing == "none") == (method not in PAIRED)
     adaptation = adapt(model, "full")
@@ -79,16 +81,18 @@ def test_settings_reach_the_objective(models, method):
         build_objective(method, models("latent_v"), pairing="none")
 
 
-@pytest.mark.parametrize("method", PAIRED)
-@pytest.mark.parametrize("removed", ["image", "hf", "hfmse"])
+@pytest.mark.parametrize(
+    ("method", "removed"),
+    [*((method, term) for method in PAIRED for term in ("image", "hf", "hfmse")), ("studio", "colour")],
+)
 def test_weight_zero_is_the_term_removed(models, method, removed):
     model = models("pixel_v")
     adaptation = adapt(model, "full")
     perturb(adaptation)
     objective = build_objective(method, model, **{f"{removed}_weight": 0.0})
-    views = look_at(model, adaptation, objective)
-    without = dataclasses.replace(objective, terms=tuple(t for t in objective.terms if t.name != removed))
-    zero, gone, whole = objective(views)[0], without(views)[0], build_objective(method, model)(views)[0]
+    complete = build_objective(method, model)
+    without = dataclasses.replace(complete, terms=tuple(t for t in complete.terms if t.name != removed))
+    zero, gone, whole = (each(look_at(model, adaptation, each))[0] for each in (objective, without, complete))
     torch.testing.assert_close(zero, gone, rtol=1e-6, atol=0)
     assert zero.item() != whole.item()
 
@@ -123,7 +127,7 @@ def test_colours_have_a_weight_of_their_own_at_high_noise(models, name):
     apart = simple(high_noise_weight=0.05, high_noise_mean_weight=1.0)
     assert low < apart < plain
     assert simple(high_noise_weight=0.05, high_noise_mean_weight=0.05) == low
-    assert simple("studio") == apart, "the default of studio"
+    assert simple("studio", colour_weight=0.0) == apart, "the default of studio"
     view = views.training
     of_means = (view.student.output - view.target).double().mean((2, 3)).square().mean(1)
     taken = (1 - level_weight(model.prediction, view.alpha, view.sigma, 0.0)) * of_means
@@ -165,10 +169,19 @@ def test_the_feature_term_teaches_what_comes_before_the_middle_block(models):
     assert not {"up_blocks", "conv_out"} & reached
 
 
+@pytest.mark.parametrize("setting", ["feature_weight", "colour_weight"])
 @pytest.mark.parametrize("method", ["finetune", "domainstudio_released", "ant"])
-def test_methods_without_a_feature_term(models, method):
-    with pytest.raises(UserError, match=f"{method} has no feature_weight"):
-        build_objective(method, models("pixel_epsilon"), feature_weight=1.0)
+def test_methods_without_a_feature_or_colour_term(models, method, setting):
+    with pytest.raises(UserError, match=f"{method} has no {setting}"):
+        build_objective(method, models("pixel_epsilon"), **{setting: 1.0})
+
+
+def test_colours_are_given_to_source_samples(models):
+    model = models("pixel_epsilon")
+    with pytest.raises(UserError, match='colour_weight=3 is of noised source samples; use pairing "source_samples"'):
+        build_objective("domainstudio", model, colour_weight=3.0)
+    assert build_objective("studio", model, pairing="training").colours is None
+    assert build_objective("domainstudio", model, colour_weight=3.0, pairing="source_samples").terms[-1].weight == 3
 
 
 def test_all_weights_zero_is_finetuning(models):
@@ -244,7 +257,30 @@ def _slow_terms(views, prediction, method):
         "image": divergence(student, source),
         "hf": divergence(hf_student, hf_source),
         "hfmse": hfmse,
+        "colour": _slow_colour(views, prediction) if ours else 0.0,
     }
+
+
+def _slow_colour(views, prediction):
+    """Directions are eigenvectors of inverse(cov_S) cov_T: those of f cov_T f / f cov_S f's extremes."""
+    target, source, x = (
+        rearranged.double().detach().movedim(1, -1).numpy()
+        for rearranged in (views.training.x0, views.pairs.x0, views.pairs.student.x0)
+    )
+    channels = x.shape[-1]
+    colours_t, colours_s = target.reshape(-1, channels), source.reshape(-1, channels)
+    ratios, directions = np.linalg.eig(np.linalg.inv(np.cov(colours_s.T)) @ np.cov(colours_t.T))
+    total = 0.0
+    for ratio, direction in zip(ratios, directions.T, strict=True):
+        if ratio >= 1:
+            continue
+        mean_t, mean_s = (colours_t @ direction).mean(), (colours_s @ direction).mean()
+        for i in range(len(x)):
+            moved = mean_t + math.sqrt(ratio) * (source[i] @ direction - mean_s)
+            snr = (views.pairs.alpha[i].item() / views.pairs.sigma[i].item()) ** 2
+            weight = min(1.0, snr) if prediction == "epsilon" else 1.0
+            total += weight * (1 - ratio) * ((x[i] @ direction - moved) ** 2).mean() / channels / len(x)
+    return total
 
 
 @pytest.mark.parametrize(
@@ -271,6 +307,7 @@ def test_the_loss_is_that_of_slow_loops(models, method, name):
     for term in objective.terms:
         assert parts[term.name].item() == pytest.approx(slow[term.name], rel=1e-3, abs=2e-6), term.name
     assert slow["image"] > 1e-5
+    assert (slow["colour"] > 1e-2) == (method == "studio")
     assert total.item() == pytest.approx(sum(t.weight * slow[t.name] for t in objective.terms), rel=1e-4)
 
 

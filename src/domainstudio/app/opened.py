@@ -67,6 +67,7 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         hf_weight=recipe.hf_weight,
         hfmse_weight=recipe.hfmse_weight,
         feature_weight=recipe.feature_weight,
+        colour_weight=recipe.colour_weight,
         space=recipe.space,
         with_prior_preservation=recipe.with_prior_preservation,
         prior_loss_weight=recipe.prior_loss_weight,

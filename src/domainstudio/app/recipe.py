@@ -116,6 +116,9 @@ class Recipe(BaseModel):
     feature_weight: float | None = Field(
         None, ge=0, description="weight of the pairwise term on features of the networks (DomainGallery's); default: 0"
     )
+    colour_weight: float | None = Field(
+        None, ge=0, description="weight of the term that gives source samples the training pictures' colours"
+    )
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")
     adversarial_steps: int | None = Field(None, ge=0, description="steps in which noise becomes harder (ant)")

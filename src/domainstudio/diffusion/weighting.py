@@ -18,6 +18,14 @@ def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_nois
     return (weight * v_gain(prediction, alpha, sigma).square()).clamp(max=1)
 
 
+def x0_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What an error of x0 counts at each noise level, (B,), if no error of the output is to count more than itself.
+
+    min(1, 1 / (sigma v_gain)²): 1 for v, x0 and flows, min(1, SNR) for epsilon.
+    """
+    return (sigma * v_gain(prediction, alpha, sigma)).square().reciprocal().clamp(max=1)
+
+
 def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gamma: float) -> Tensor:
     """L_simple's weight under min-SNR-gamma, (B,): min(SNR, gamma) times the error of x0 that the output's error means.
 

@@ -6,9 +6,8 @@ from torch import Tensor
 from domainstudio.data.batches import batch_indices
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
-from domainstudio.training.ant import DomainClassifier
 from domainstudio.training.config import TrainConfig
-from domainstudio.training.objective import Batch, Prompts
+from domainstudio.training.objective import Batch, Objective, Prompts
 
 
 class Deck:
@@ -37,9 +36,10 @@ class Deck:
         chosen = torch.randperm(len(self.prior.x0), generator=generator)[: self.config.pair_batch_size]
         return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
 
-    def fit(self, classifier: DomainClassifier, adaptation: Adaptation) -> None:
-        """Fits a classifier to all of both."""
-        assert self.prior is not None
+    def fit(self, objective: Objective, adaptation: Adaptation) -> None:
+        """Fits what an objective has of both to all of both."""
+        if self.prior is None:
+            return
         generator = torch.Generator().manual_seed(self.config.seed)
         pictures = self.codec.draw(self.encoded, generator)
-        classifier.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)
+        objective.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)

@@ -10,8 +10,9 @@ from torch import Tensor
 from domainstudio.diffusion.prediction import to_noise
 from domainstudio.diffusion.schedule import over
 from domainstudio.diffusion.variational import variational_bound
-from domainstudio.diffusion.weighting import level_weight, min_snr_weight
+from domainstudio.diffusion.weighting import level_weight, min_snr_weight, x0_weight
 from domainstudio.errors import UserError
+from domainstudio.losses.colour import ColourTransfer
 from domainstudio.losses.haar import high_frequency
 from domainstudio.losses.pairwise import pairwise_divergence
 from domainstudio.losses.reconstruction import high_frequency_error, mean_error, simple_loss
@@ -52,6 +53,7 @@ def domainstudio(
     hf_weight: float = 0.5,
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
+    colour_weight: float = 0.0,
     pairing: Pairing = "training",
     centre_pairs: bool = False,
     high_noise_weight: float = 1.0,
@@ -70,6 +72,8 @@ def domainstudio(
     L_hfmse is weighted by min(1, SNR), so that the same weight serves epsilon, v, x0 and flow models.
     `feature_weight` adds the same divergence of what the networks' middle blocks say of the pairs (after DomainGallery,
     NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
+    `colour_weight` holds the student, on noised source samples, to these in the training pictures' colours
+    (`ColourTransfer`), weighted by `x0_weight`.
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     `high_noise_mean_weight` is that of the part which a wrong mean of a channel makes (`mean_error`); None: the same.
@@ -87,6 +91,14 @@ def domainstudio(
     )
     if feature_weight:
         terms += (Term("features", feature_weight, lambda v: divergence(*_features(v.pairs))),)
+    colours = ColourTransfer() if colour_weight else None
+    if colours is not None:
+        if pairing != "source_samples":
+            raise UserError(
+                f'colour_weight={colour_weight:g} is of noised source samples; use pairing "source_samples", as method '
+                "studio does, or colour_weight 0"
+            )
+        terms += (Term("colour", colour_weight, lambda v: _weighted_colour_error(model, v.pairs, colours)),)
     text = model.condition is not None
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
@@ -98,6 +110,7 @@ def domainstudio(
         prior=prior_target if preserves else "none",
         space=space or ("pixel" if text else "model"),
         compares_features=feature_weight > 0,
+        colours=colours,
     )
 
 
@@ -110,6 +123,7 @@ def studio(
     hf_weight: float = 0.005,
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
+    colour_weight: float | None = None,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
     high_noise_weight: float | None = None,
@@ -121,7 +135,8 @@ def studio(
     prior_target: PriorTarget = "source",
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise, 0.05,
-    but for the means of channels, 1: colours come at once, composition slowly. Text-to-image models: 0.1 for both.
+    but for the means of channels, 1: colours come at once, composition slowly. Source samples are recoloured, too
+    (`colour_weight`). Text-to-image models: 0.1 for both, and 0.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
@@ -131,12 +146,15 @@ def studio(
         high_noise_weight = 0.05 if model.condition is None else 0.1
     if high_noise_mean_weight is None and model.condition is None:
         high_noise_mean_weight = 1.0
+    if colour_weight is None:
+        colour_weight = 10.0 if model.condition is None and pairing == "source_samples" else 0.0
     return domainstudio(
         model,
         image_weight=image_weight,
         hf_weight=hf_weight,
         hfmse_weight=hfmse_weight,
         feature_weight=feature_weight,
+        colour_weight=colour_weight,
         pairing=pairing,
         centre_pairs=centre_pairs,
         high_noise_weight=high_noise_weight,
@@ -320,6 +338,11 @@ def _features(view: View) -> tuple[Tensor, Tensor]:
     assert view.source is not None
     assert view.source.features is not None
     return view.student.features.to(view.x0), view.source.features.to(view.x0)
+
+
+def _weighted_colour_error(model: DiffusionModel, view: View, colours: ColourTransfer) -> Tensor:
+    weight = x0_weight(model.prediction, view.alpha, view.sigma)
+    return (weight * colours.error(view.student.x0, view.x0)).mean()
 
 
 def _weighted_hfmse(views: Views) -> Tensor:

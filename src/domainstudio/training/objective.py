@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from domainstudio.diffusion.prediction import target, to_noise
 from domainstudio.diffusion.schedule import add_noise
+from domainstudio.losses.colour import ColourTransfer
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel, Estimate, middle_block
 from domainstudio.training.ant import DomainClassifier, hardest_noise
@@ -127,7 +128,8 @@ class Objective:
     adversarial_steps: int = 0
     """Of gradient ascent in which the training pictures' noise becomes harder to take away (`hardest_noise`)."""
     classifier: DomainClassifier | None = None
-    """Fitted before the first step to training pictures and source samples, if there is one."""
+    colours: ColourTransfer | None = None
+    """These two are fitted before the first step to training pictures and source samples."""
 
     @property
     def needs_source(self) -> bool:
@@ -143,6 +145,13 @@ class Objective:
     def needs_prior(self) -> bool:
         """Whether a term looks at source samples."""
         return self.samples_each_step or self.classifier is not None
+
+    def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
+        """To all training pictures and source samples, each (N, C, h, w) in model space."""
+        if self.classifier is not None:
+            self.classifier.fit(adaptation, pictures, samples, generator)
+        if self.colours is not None:
+            self.colours.fit(pictures, samples)
 
     @property
     def samples_each_step(self) -> bool:
