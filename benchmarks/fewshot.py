@@ -264,16 +264,29 @@ def tables(results: list[Row]) -> str:
 
 
 ABLATIONS = ("studio hf_weight=0 image_weight=0", 'studio pairing="training"', "studio centre_pairs=false")
-NEAR = [
-    *(f"{method} @ 50,75,100,150" for method in METHODS[1:]),
-    f"{DEFAULT} @ 75,100,125,150",
-    *(f"{method} @ 150" for method in ABLATIONS),
-]
 FAR = [
-    *(f"{method} @ 200,300,400,500" for method in METHODS),
+    *(f"{method} @ 200,300,400,500" for method in (*METHODS, f"{DEFAULT} colour_weight=0")),
     *(f"{method} @ 500" for method in ABLATIONS),
 ]
-PLAN = {"ink": FAR, "sunglasses": NEAR, "watercolour": NEAR, "grey": NEAR, "smiles": FAR}
+
+
+def near(steps: str) -> list[str]:
+    """Of a style for which the default is at its best about the middle of `steps`."""
+    return [
+        *(f"{method} @ 50,75,100,150" for method in METHODS[1:]),
+        f"{DEFAULT} @ {steps}",
+        f"{DEFAULT} colour_weight=0 @ 75,100,125,150",
+        *(f"{method} @ 150" for method in ABLATIONS),
+    ]
+
+
+PLAN = {
+    "ink": FAR,
+    "sunglasses": near("100,125,150,200"),
+    "watercolour": near("75,100,125,150"),
+    "grey": near("50,75,100,125,150"),
+    "smiles": FAR,
+}
 """What is measured where. An entry is a run of its own. Near styles take a fifth of the steps of other anatomies."""
 
 

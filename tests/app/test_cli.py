@@ -55,6 +55,7 @@ RECIPE_FLAGS = [
     "--hf-weight",
     "--hfmse-weight",
     "--feature-weight",
+    "--colour-weight",
     "--space",
     "--similarity-weight",
     "--adversarial-steps",
