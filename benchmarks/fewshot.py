@@ -282,7 +282,7 @@ def near(steps: str) -> list[str]:
 
 PLAN = {
     "ink": FAR,
-    "sunglasses": near("100,125,150,200"),
+    "sunglasses": near("100,125,150,175,200"),
     "watercolour": near("75,100,125,150"),
     "grey": near("50,75,100,125,150"),
     "smiles": FAR,
