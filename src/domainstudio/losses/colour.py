@@ -51,6 +51,8 @@ def _colours(pictures: Tensor) -> Tensor:
 
 
 def _moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and covariance (C, C) of colours, in double precision."""
-    colours = _colours(pictures).flatten(0, 1).double()
-    return colours.mean(0), torch.atleast_2d(torch.cov(colours.T))
+    """Mean (C,) and covariance (C, C) of colours, in double precision, picture by picture."""
+    mean = pictures.mean((0, 2, 3), dtype=torch.float64)
+    centred = (colours.double() - mean for colours in _colours(pictures))
+    covariance = torch.stack([colours.T @ colours / len(colours) for colours in centred]).mean(0)
+    return mean, covariance
