@@ -47,7 +47,8 @@ def look_at(model, adaptation, objective, num: int = 5, seed: int = 0) -> Views:
     generator = torch.Generator().manual_seed(seed)
     x0 = model.codec.draw(model.codec.encode(make_images(model, num)), generator)
     prior = make_prior(model) if objective.needs_prior else None
-    if prior is not None:
+    if objective.needs_fitting:
+        assert prior is not None
         objective.fit(adaptation, x0, prior.x0, generator)
     return look(model, adaptation, objective, Batch(x0), prior if objective.samples_each_step else None, generator)
 

@@ -21,9 +21,9 @@ def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_nois
 def x0_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What an error of x0 counts at each noise level, (B,), if no error of the output is to count more than itself.
 
-    min(1, 1 / (sigma v_gain)²): 1 for v, x0 and flows, min(1, SNR) for epsilon.
+    The inverse square of `_x0_gain`, at most 1: 1 for v, x0 and flows, min(1, SNR) for epsilon.
     """
-    return (sigma * v_gain(prediction, alpha, sigma)).square().reciprocal().clamp(max=1)
+    return _x0_gain(prediction, alpha, sigma).square().reciprocal().clamp(max=1)
 
 
 def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gamma: float) -> Tensor:
@@ -34,4 +34,9 @@ def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, snr_gam
     Source: Hang et al. 2023 (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
     """
     snr = (alpha / sigma).square()
-    return snr.clamp(max=snr_gamma) * (sigma * v_gain(prediction, alpha, sigma)).square()
+    return snr.clamp(max=snr_gamma) * _x0_gain(prediction, alpha, sigma).square()
+
+
+def _x0_gain(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Factor (B,) from an error of the output to the error of x0 it means."""
+    return sigma * v_gain(prediction, alpha, sigma)

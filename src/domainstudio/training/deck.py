@@ -38,8 +38,7 @@ class Deck:
 
     def fit(self, objective: Objective, adaptation: Adaptation) -> None:
         """Fits what an objective has of both to all of both."""
-        if self.prior is None:
-            return
+        assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
         pictures = self.codec.draw(self.encoded, generator)
         objective.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)

@@ -146,6 +146,11 @@ class Objective:
         """Whether a term looks at source samples."""
         return self.samples_each_step or self.classifier is not None
 
+    @property
+    def needs_fitting(self) -> bool:
+        """Whether a term knows both domains from before the first step."""
+        return self.classifier is not None or self.colours is not None
+
     def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
         """To all training pictures and source samples, each (N, C, h, w) in model space."""
         if self.classifier is not None:

@@ -83,7 +83,8 @@ def train(
     if resume is not None:
         run.load(resume)
     deck = Deck(model, config, images.to(device), prior, prompts)
-    deck.fit(objective, adaptation)
+    if objective.needs_fitting:
+        deck.fit(objective, adaptation)
 
     def learned(minimised: Objective, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         samples = deck.source_samples(generator) if minimised.samples_each_step else None
