@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainstudio.models.adaptation import LoraAdaptation
@@ -102,8 +103,19 @@ def test_one_operation_adds_the_adapter(name):
             network(x)
         names.append(seen.names)
     assert "mul" in names[0]
-    assert not {"mul", "add"} & set(names[1])
-    assert sum(name in ("addmm", "baddbmm") for name in names[1]) >= 1
+    assert not {"mul", "add", "clone"} & set(names[1])
+    assert sum(name in ("addmm_", "baddbmm_") for name in names[1]) == 1
+
+
+@layers
+def test_only_the_input_and_what_the_adapter_made_of_it_are_kept(name):
+    _, ours, x = pair(name)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+        y = ours(x.clone().requires_grad_(True))
+    own = {tensor.untyped_storage().data_ptr() for tensor in ours.parameters()}
+    sizes = {tensor.numel() for tensor in kept if tensor.untyped_storage().data_ptr() not in own}
+    assert sizes == {x.numel(), y.numel() // y.shape[1 if y.dim() == 4 else -1] * 2}
 
 
 @layers
@@ -136,6 +148,25 @@ def test_weights_in_half_precision_are_left_to_peft():
     theirs[0].lora_B.float()
     x = torch.randn(3, 6, dtype=torch.bfloat16)
     assert torch.equal(fused(theirs)(x), theirs(x))
+
+
+@pytest.mark.parametrize("given", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_other_paddings_are_left_to_peft(given):
+    theirs = with_adapter(nn.Conv2d(6, 8, 3, **given))
+    ours = fused(theirs)
+    assert type(ours[0]) is lora.Conv2d
+    x = torch.randn(2, 6, 5, 5)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_an_input_without_gradient_gets_none():
+    theirs, ours, x = pair("convolution")
+    for network in (theirs, ours):
+        network(x).square().sum().backward()
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_convolutions_in_groups_are_left_to_peft():

@@ -112,24 +112,26 @@ class LoraAdaptation:
                 parameter.data = parameter.data.float()  # of a network in half precision, too
         keep_no_inputs(self.network)
         fuse(self.network)
-        self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        self._modules: list[nn.Module] = list(self.network.modules())
+        self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
 
     @contextmanager
     def source(self) -> Iterator[nn.Module]:
         """The network with its adapters off; close it before backward()."""
         training = self.network.training
-        self.network.eval()
-        self._enable(False)
+        self._switch(adapters=False, training=False)
         try:
             with torch.no_grad():
                 yield self.network
         finally:
-            self._enable(True)
-            self.network.train(training)
+            self._switch(adapters=True, training=training)
 
-    def _enable(self, on: bool) -> None:
+    def _switch(self, adapters: bool, training: bool) -> None:
+        """What `train()` and peft's `enable_adapters()` do: those take milliseconds, and this happens twice a step."""
+        for module in self._modules:
+            object.__setattr__(module, "training", training)
         for layer in self._layers:
-            layer.enable_adapters(on)
+            object.__setattr__(layer, "_disable_adapters", not adapters)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, and a new word's embedding."""

@@ -1,62 +1,131 @@
-"""LoRA layers that add what their adapter says in the product that computes it."""
+"""LoRA layers that compute weight and adapter together, there and back; the weight is frozen."""
 
 from typing import Any
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 
 ADAPTER = "default"
 """peft's name of an adapter that was given none."""
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class _Rows(torch.autograd.Function):
+    """x Wᵀ + bias + scale (x Aᵀ) Bᵀ, (N, in) -> (N, out), with A (rank, in) and B (out, rank)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = x @ a.T
+        ctx.save_for_backward(x, low, weight, a, b)
+        ctx.scale = scale
+        return linear(x, weight, bias).addmm_(low, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Gradients:
+        (into_y,), (x, low, weight, a, b) = grad_outputs, ctx.saved_tensors
+        into_low = (into_y @ b).mul_(ctx.scale)
+        into_x = (into_y @ weight).addmm_(into_low, a) if ctx.needs_input_grad[0] else None
+        return into_x, None, None, into_low.T @ x, (into_y.T @ low).mul_(ctx.scale), None
+
+
+class _Places(torch.autograd.Function):
+    """W * x + bias + scale B (A * x), (N, in, H, W) -> (N, out, H', W'), with B (out, rank) a matrix at each place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *how: Any
+    ) -> Tensor:
+        y, low = conv2d(x, weight, bias, *how), conv2d(x, a, None, *how)
+        ctx.save_for_backward(x, low, weight, a, b)
+        ctx.scale, ctx.how = scale, how
+        if y.is_contiguous():
+            y.flatten(2).baddbmm_(b.expand(len(x), -1, -1), low.flatten(2), alpha=scale)
+        else:  # channels last
+            rows, low_rows = (each.permute(0, 2, 3, 1) for each in (y, low))
+            rows.view(-1, len(b)).addmm_(low_rows.flatten(0, 2), b.T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Gradients:
+        (into_y,), (x, low, weight, a, b), how = grad_outputs, ctx.saved_tensors, ctx.how
+        places = into_y.flatten(2)
+        into_low = b.T.expand(len(x), -1, -1).bmm(places).mul_(ctx.scale).view(low.shape)
+        into_b = (places @ low.flatten(2).mT).sum(0).mul_(ctx.scale)
+        asked = ctx.needs_input_grad[0]
+        into_x, into_a = _convolution_backward(into_low, x, a, how, asked, True)
+        if asked:
+            into_x += _convolution_backward(into_y, x, weight, how, True, False)[0]
+        return into_x, None, None, into_a, into_b, None, *[None] * len(how)
+
+
+def _convolution_backward(into_y: Tensor, x: Tensor, weight: Tensor, how: Any, for_x: bool, for_weight: bool) -> Any:
+    """Gradients of a convolution's input and weight in one call, which `torch.nn.grad` computes apart."""
+    masks = [for_x, for_weight, False]
+    return torch.ops.aten.convolution_backward(into_y, x, weight, None, *how, False, [0, 0], 1, masks)[:2]
 
 
 class FusedLinear(lora.Linear):
     """W x + scale B A x, (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: D102
+        if _is_off(self):
+            return self.base_layer(x)
         if not _can_fuse(self, x):
             return super().forward(x, *args, **kwargs)
-        return _add_rows(*_parts(self, x))
+        return _Rows.apply(*_parts(self, x.flatten(0, -2))).unflatten(0, x.shape[:-1])  # pyright: ignore
 
 
 class FusedConv2d(lora.Conv2d):
-    """W * x + scale B A * x, (N, in, H, W) -> (N, out, H', W'); B is a matrix at each place."""
+    """W * x + scale B A * x, (N, in, H, W) -> (N, out, H', W')."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: D102
+        if _is_off(self):
+            return self.base_layer(x)
         if not _can_fuse(self, x):
             return super().forward(x, *args, **kwargs)
-        y, low, weight, scale = _parts(self, x)
-        if y.is_contiguous():
-            return torch.baddbmm(y.flatten(2), weight.expand(len(x), -1, -1), low.flatten(2), alpha=scale).view(y.shape)
-        channels_last = (0, 2, 3, 1)  # as pictures lie behind attention
-        return _add_rows(y.permute(channels_last), low.permute(channels_last), weight, scale).permute(0, 3, 1, 2)
+        layer: Any = self.base_layer
+        return _Places.apply(*_parts(self, x), layer.stride, layer.padding, layer.dilation)  # pyright: ignore
+
+
+def _is_off(layer: Any) -> bool:
+    """Whether the layer is what it was without an adapter."""
+    return layer.disable_adapters and not layer.merged
 
 
 def _can_fuse(layer: Any, x: Tensor) -> bool:
-    """Whether the adapter is on, apart from the weight, and computes in the weight's precision."""
-    same = layer.lora_A[ADAPTER].weight.dtype == layer.get_base_layer().weight.dtype
-    return not (layer.disable_adapters or layer.merged) and (same or torch.is_autocast_enabled(x.device.type))
+    """Whether the adapter, which is on, is apart from the weight and computes in the weight's precision."""
+    same = layer.lora_A[ADAPTER].weight.dtype == layer.base_layer.weight.dtype
+    known = same or torch.is_autocast_enabled(x.device.type)
+    return known and not layer.merged and not torch.compiler.is_compiling()
 
 
-def _parts(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """W x, A x, B as a matrix, the scale."""
-    matrix = layer.lora_B[ADAPTER].weight.flatten(1)
-    return layer.base_layer(x), layer.lora_A[ADAPTER](x), matrix, layer.scaling[ADAPTER]
-
-
-def _add_rows(y: Tensor, low: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """y + scale weight low: (..., out), (..., rank), (out, rank) -> (..., out)."""
-    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), weight.T, alpha=scale).view(y.shape)
+def _parts(layer: Any, x: Tensor) -> tuple[Any, ...]:
+    """x, W, its bias, A, B as a matrix, the scale; in autocast's precision where that is on."""
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight.flatten(1)
+    tensors = (x, base.weight, base.bias, a, b)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return *tensors, layer.scaling[ADAPTER]
 
 
 def fuse(network: nn.Module) -> None:
-    """From now on, peft's LoRA layers in `network` take one operation where they took three: B, the scale, the sum.
+    """From now on, peft's LoRA layers in `network` compute weight and adapter in one operation of autograd's.
 
-    Outputs and gradients stay the same but for the last digits. Of peft's own linear layers and 2D convolutions, with
-    one adapter and no dropout; others (of quantised weights, in groups) stay as they are.
+    It writes the adapter's part onto the weight's, there and back, and keeps nothing but x and A x. Outputs and
+    gradients stay the same but for the last digits. Of peft's own linear layers and 2D convolutions with frozen
+    weights, one adapter and no dropout; others (of quantised weights, in groups, padded otherwise than with zeros)
+    stay as they are.
     """
     for layer in network.modules():
         if type(layer) is lora.Linear:
             layer.__class__ = FusedLinear
-        elif type(layer) is lora.Conv2d and layer.base_layer.groups == 1:
+        elif type(layer) is lora.Conv2d and _is_plain(layer.base_layer):
             layer.__class__ = FusedConv2d
+
+
+def _is_plain(layer: Any) -> bool:
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -17,6 +17,7 @@ from domainstudio.diffusion.schedule import DiscreteSchedule, FlowSchedule, Nois
 from domainstudio.errors import UserError
 from domainstudio.models.codec import Codec, PixelCodec, VaeCodec
 from domainstudio.models.condition import TextCondition
+from domainstudio.models.layout import keep_layout
 from domainstudio.models.model import DiffusionModel
 from domainstudio.quiet import quiet
 
@@ -58,6 +59,8 @@ def load_model(
     assert isinstance(network, nn.Module)
     network.requires_grad_(False).eval()
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+    for part in filter(None, (network, vae)):
+        keep_layout(part)
     codec: Codec = VaeCodec(vae) if vae is not None else PixelCodec()
     text_encoder = getattr(pipeline, "text_encoder", None)
     schedule, prediction, learned_variance = _read_scheduler(pipeline.scheduler, network, name)
