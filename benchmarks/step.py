@@ -2,9 +2,10 @@
 
 Variants are a method and settings of a recipe ("studio adapter=lora mixed_precision=bf16"), and are trained as a run
 trains them. Each is a process of its own; they take turns for some rounds, so that whatever else the machine does meets
-all of them. Medians of seconds a step; operations, and the most memory that tensors take at once above what they took
-once the model was loaded, both counted; as ratios to plain fine-tuning of all weights and to the released code's
-arithmetic. `--count` counts alone, which other work on the machine does not disturb.
+all of them. Of each round the median step of a variant is taken, and its ratio to that of plain fine-tuning of all
+weights, and to that of the released code's arithmetic; of these, the medians. Operations, and the most memory that
+tensors take at once above what they took once the model was loaded, are counted. `--count` counts alone, which other
+work on the machine does not disturb.
 
 `floor` is what `domainstudio` cannot do without: one pass of the student there and back, one of the source there;
 `floor pairs` is that of `studio`, with as many source samples beside the training pictures. `word` and `binding` are
@@ -224,16 +225,16 @@ def in_a_process(task: str, variant: str, args: argparse.Namespace) -> dict[str,
 
 
 def compare_times(args: argparse.Namespace) -> None:
-    """All variants, taking turns."""
-    seconds: dict[str, list[float]] = defaultdict(list)
+    """All variants, taking turns; each is compared with what another took in the same round."""
+    rounds: dict[str, list[float]] = defaultdict(list)
     released, baseline, *_ = variants = variants_of(args)
     for _, variant in itertools.product(range(args.rounds), variants):
-        seconds[variant] += in_a_process("measure", variant, args)["seconds"]
-    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-    for variant in variants:
-        row: Row = {"seconds": round(medians[variant], 4), "steps": len(seconds[variant])}
+        rounds[variant].append(statistics.median(in_a_process("measure", variant, args)["seconds"]))
+    for variant, medians in rounds.items():
+        row: Row = {"seconds": round(statistics.median(medians), 4), "steps": args.steps * args.rounds}
         for name, other in (("finetune", baseline), ("released", released)):
-            row[f"time_of_{name}"] = round(medians[variant] / medians[other], 2)
+            ratios = [own / theirs for own, theirs in zip(medians, rounds[other], strict=True)]
+            row[f"time_of_{name}"] = round(statistics.median(ratios), 3)
         write_row(args.results, key_of(variant, args), row)
 
 
@@ -291,8 +292,8 @@ def main() -> None:
     parser.add_argument("--text", action="store_true", help="the folder is of a text-to-image pipeline")
     parser.add_argument("--variants", nargs="+", help="instead of the usual ones of the kind of model")
     parser.add_argument("--batch-size", type=int, default=None, help="default: 10, text 4")
-    parser.add_argument("--steps", type=int, default=8, help="timed in a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="timed in a round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", action="store_true", help="where the time of one step goes")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="write the tables of what was measured beside --results")
