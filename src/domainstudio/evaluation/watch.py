@@ -153,7 +153,8 @@ def tell(readings: Sequence[Reading]) -> str:
     if collapse is not None:
         return f"From step {collapse} on, outputs collapse onto {_onto(last.crowded)}; step {best.step} is the best."
     if last.style_distance > ARRIVED:
-        return f"The style has not arrived: {last.style_distance:.0%} of the way is left at step {last.step}; take more (max_train_steps)."
+        left = f"{last.style_distance:.0%} of the way is left at step {last.step}"
+        return f"The style has not arrived: {left}; take more (max_train_steps)."
     return f"No collapse until step {last.step}; step {best.step} is the best."
 
 

@@ -14,25 +14,27 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class _Rows(torch.autograd.Function):
-    """x Wᵀ + bias + scale (x Aᵀ) Bᵀ, (N, in) -> (N, out), with A (rank, in) and B (out, rank)."""
+    """x Wᵀ + bias + scale (x Aᵀ) Bᵀ, (..., in) -> (..., out), with A (rank, in) and B (out, rank)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = x @ a.T
-        ctx.save_for_backward(x, low, weight, a, b)
-        ctx.scale = scale
-        return linear(x, weight, bias).addmm_(low, b.T, alpha=scale)
+        rows = x.flatten(0, -2)
+        low = rows @ a.T
+        ctx.save_for_backward(rows, low, weight, a, b)
+        ctx.shape, ctx.scale = x.shape, scale
+        return linear(rows, weight, bias).addmm_(low, b.T, alpha=scale).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Gradients:
-        (into_y,), (x, low, weight, a, b) = grad_outputs, ctx.saved_tensors
+        (into_y,), (rows, low, weight, a, b) = grad_outputs, ctx.saved_tensors
+        into_y = into_y.flatten(0, -2)
         into_low = (into_y @ b).mul_(ctx.scale)
-        into_x = (into_y @ weight).addmm_(into_low, a) if ctx.needs_input_grad[0] else None
-        return into_x, None, None, into_low.T @ x, (into_y.T @ low).mul_(ctx.scale), None
+        into_x = (into_y @ weight).addmm_(into_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return into_x, None, None, into_low.T @ rows, (into_y.T @ low).mul_(ctx.scale), None
 
 
 class _Places(torch.autograd.Function):
-    """W * x + bias + scale B (A * x), (N, in, H, W) -> (N, out, H', W'), with B (out, rank) a matrix at each place."""
+    """W * x + bias + scale B (A * x), (N, in, H, W) -> (N, out, H', W'); B (out, rank, 1, 1) is a matrix at each place."""
 
     @staticmethod
     def forward(
@@ -41,6 +43,7 @@ class _Places(torch.autograd.Function):
         y, low = conv2d(x, weight, bias, *how), conv2d(x, a, None, *how)
         ctx.save_for_backward(x, low, weight, a, b)
         ctx.scale, ctx.how = scale, how
+        b = b.flatten(1)
         if y.is_contiguous():
             y.flatten(2).baddbmm_(b.expand(len(x), -1, -1), low.flatten(2), alpha=scale)
         else:  # channels last
@@ -52,8 +55,8 @@ class _Places(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Gradients:
         (into_y,), (x, low, weight, a, b), how = grad_outputs, ctx.saved_tensors, ctx.how
         places = into_y.flatten(2)
-        into_low = b.T.expand(len(x), -1, -1).bmm(places).mul_(ctx.scale).view(low.shape)
-        into_b = (places @ low.flatten(2).mT).sum(0).mul_(ctx.scale)
+        into_low = b.flatten(1).T.expand(len(x), -1, -1).bmm(places).mul_(ctx.scale).view(low.shape)
+        into_b = (places @ low.flatten(2).mT).sum(0).mul_(ctx.scale).view(b.shape)
         asked = ctx.needs_input_grad[0]
         into_x, into_a = _convolution_backward(into_low, x, a, how, asked, True)
         if asked:
@@ -75,7 +78,7 @@ class FusedLinear(lora.Linear):
             return self.base_layer(x)
         if not _can_fuse(self, x):
             return super().forward(x, *args, **kwargs)
-        return _Rows.apply(*_parts(self, x.flatten(0, -2))).unflatten(0, x.shape[:-1])  # pyright: ignore
+        return _Rows.apply(*_parts(self, x))  # pyright: ignore
 
 
 class FusedConv2d(lora.Conv2d):
@@ -103,8 +106,8 @@ def _can_fuse(layer: Any, x: Tensor) -> bool:
 
 
 def _parts(layer: Any, x: Tensor) -> tuple[Any, ...]:
-    """x, W, its bias, A, B as a matrix, the scale; in autocast's precision where that is on."""
-    base, a, b = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight.flatten(1)
+    """x, W, its bias, A, B, the scale; in autocast's precision where that is on."""
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     tensors = (x, base.weight, base.bias, a, b)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
