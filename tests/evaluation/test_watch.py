@@ -137,7 +137,10 @@ def test_the_best_is_the_lowest_score_after_the_source():
         (RUN[:4], "From step 150 on, outputs collapse onto the training pictures; step 100 is the best."),
         (RUN[:3], "No collapse until step 100; step 100 is the best."),
         (RUN[:2], "No collapse until step 50; step 50 is the best."),
-        ([RUN[0], at(50, 1.9, 0.9)], "The style has not arrived: 90% of the way is left at step 50; take more (max_train_steps)."),
+        (
+            [RUN[0], at(50, 1.9, 0.9)],
+            "The style has not arrived: 90% of the way is left at step 50; take more (max_train_steps).",
+        ),
         (RUN[:1], "No checkpoint was looked at yet."),
     ],
 )

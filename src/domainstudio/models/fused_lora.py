@@ -34,7 +34,7 @@ class _Rows(torch.autograd.Function):
 
 
 class _Places(torch.autograd.Function):
-    """W * x + bias + scale B (A * x), (N, in, H, W) -> (N, out, H', W'); B (out, rank, 1, 1) is a matrix at each place."""
+    """W * x + bias + scale B (A * x), (N, in, H, W) -> (N, out, H', W'); B (out, rank, 1, 1) acts at each place."""
 
     @staticmethod
     def forward(
