@@ -19,4 +19,4 @@ def keep_layout(network: nn.Module) -> None:
 
 
 def _as_given(attention: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.contiguous() if given[0].is_contiguous() else output
+    return output.contiguous() if all(x.is_contiguous() for x in given[:1]) else output
