@@ -312,11 +312,11 @@ def near(steps: str) -> list[str]:
 
 
 PLAN = {
-    "ink": [*FAR, f"{METHODS[1]} @ 100,150", f"{DEFAULT} @ 600"],
+    "ink": [*FAR, "finetune @ 100,150", "studio @ 600"],
     "sunglasses": near("100,125,150,175,200"),
     "watercolour": near("75,100,125,150"),
     "grey": near("50,75,100,125,150"),
-    "smiles": [*FAR, *(f"{method} @ 100,150" for method in METHODS[1:3])],
+    "smiles": [*FAR, "finetune @ 100,150", "domainstudio @ 100,150"],
 }
 """What is measured where. An entry is a run of its own. Near styles take a fifth of the steps of other anatomies."""
 
