@@ -112,8 +112,8 @@ class LoraAdaptation:
                 parameter.data = parameter.data.float()  # of a network in half precision, too
         keep_no_inputs(self.network)
         fuse(self.network)
-        self._modules: list[nn.Module] = list(self.network.modules())
-        self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
+        self._every_module: list[nn.Module] = list(self.network.modules())
+        self._layers = [m for m in self._every_module if isinstance(m, BaseTunerLayer)]
 
     @contextmanager
     def source(self) -> Iterator[nn.Module]:
@@ -128,7 +128,7 @@ class LoraAdaptation:
 
     def _switch(self, adapters: bool, training: bool) -> None:
         """What `train()` and peft's `enable_adapters()` do: those take milliseconds, and this happens twice a step."""
-        for module in self._modules:
+        for module in self._every_module:
             object.__setattr__(module, "training", training)
         for layer in self._layers:
             object.__setattr__(layer, "_disable_adapters", not adapters)
