@@ -29,11 +29,15 @@ class FrozenConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if trained or not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if trained or not has_plain_padding(self) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return super()._conv_forward(input, weight, bias)
         how = self.stride, self.padding, self.dilation, self.groups
         return _FrozenConvolution.apply(input, weight, bias, *how)  # pyright: ignore[reportReturnType]
+
+
+def has_plain_padding(convolution: Any) -> bool:
+    """Whether it pads with as many zeros as a number says, which the convolution itself does."""
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 def keep_no_inputs(network: nn.Module) -> None:

@@ -7,6 +7,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from domainstudio.models.frozen import has_plain_padding
+
 ADAPTER = "default"
 """peft's name of an adapter that was given none."""
 
@@ -126,9 +128,5 @@ def fuse(network: nn.Module) -> None:
     for layer in network.modules():
         if type(layer) is lora.Linear:
             layer.__class__ = FusedLinear
-        elif type(layer) is lora.Conv2d and _is_plain(layer.base_layer):
+        elif type(layer) is lora.Conv2d and layer.base_layer.groups == 1 and has_plain_padding(layer.base_layer):
             layer.__class__ = FusedConv2d
-
-
-def _is_plain(layer: Any) -> bool:
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
