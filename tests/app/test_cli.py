@@ -32,6 +32,7 @@ RECIPE_FLAGS = [
     "--train-batch-size",
     "--gradient-accumulation-steps",
     "--gradient-checkpointing",
+    "--fsdp",
     "--torch-compile",
     "--optimizer",
     "--learning-rate",
@@ -107,7 +108,7 @@ def offered(command: str) -> set[str]:
 
 @pytest.mark.parametrize("command", ["train", "doctor"])
 def test_the_flags_of_recipes_are_frozen(command):
-    switches = {"use-ema", "random-flip", "centre-pairs", "train-text-encoder"}
+    switches = {"fsdp", "use-ema", "random-flip", "centre-pairs", "train-text-encoder"}
     switches |= {"gradient-checkpointing", "torch-compile", "with-prior-preservation", "watch", "stop-when-overfitting"}
     negations = {f"--no-{name}" for switch in switches for name in (switch, switch.replace("-", "_"))}
     own = [*RECIPE_FLAGS, "--resume-from-checkpoint"] if command == "train" else [*RECIPE_FLAGS, "--json"]

@@ -106,6 +106,10 @@ def test_all_problems_are_told_at_once(write):
         ({"learning_rate": 0}, "learning_rate = 0"),
         ({"torch_compile": True, "feature_weight": 1.0}, "feature_weight=1 looks inside the networks"),
         ({"torch_compile": True, "method": "ant"}, "method ant looks inside the networks"),
+        ({"fsdp": True, "adapter": "lora"}, "adapter='lora'; set adapter to 'full', or leave fsdp out"),
+        ({"fsdp": True, "optimizer": "prodigy"}, "optimizer='prodigy'; set optimizer to 'adamw'"),
+        ({"fsdp": True, "torch_compile": True}, "torch_compile=True; set torch_compile to False"),
+        ({"fsdp": True, "mixed_precision": "fp16"}, "set mixed_precision to bf16 or no"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, told):

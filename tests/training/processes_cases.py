@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import is_initialized
 from training_kit import adapt, make_images, make_prior, perturb
 
 from domainstudio.errors import UserError
+from domainstudio.models.adaptation import FullAdaptation
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sharded import ShardedAdaptation, in_one_piece
 from domainstudio.training import ant
 from domainstudio.training.binding import Binding
 from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.optimisation import Training
-from domainstudio.training.processes import leave
+from domainstudio.training.processes import leave, open_accelerator
 from domainstudio.training.train import StopTraining, train
 
 
@@ -58,6 +61,10 @@ CASES = [
     Case("studio", "full", "pixel_x0", config={"gradient_accumulation_steps": 2, "noise_offset": 0.1}),
     Case("studio", "lora", "sd1_epsilon", config={"erase_steps": 1, "train_batch_size": 4, "pair_batch_size": 5}),
     Case("studio", "lora", "sd1_epsilon", config={"binding_steps": 1}, text_encoder=True),
+    Case("finetune", "fsdp", "pixel_learned", config={"use_ema": False}),
+    Case("studio", "fsdp", "latent_v", {"feature_weight": 1.0}, {"gradient_accumulation_steps": 2}),
+    Case("domainstudio", "fsdp", "sd2_v", checkpointing=True),
+    Case("ant", "fsdp", "pixel_epsilon", {"adversarial_steps": 2}),
 ]
 TOO_MANY = Case("finetune", "lora", "pixel_epsilon", config={"train_batch_size": 1})
 STOPPED = Case("finetune", "lora", "pixel_epsilon")
@@ -81,7 +88,10 @@ def run_case(case: Case, folder: Path, observers=(), steps: int = 2) -> tuple[Tr
         model = model.with_text_encoder("<ink>" if binds else None)
     if case.checkpointing:
         model.checkpoint_gradients()
-    adaptation = adapt(model, case.adapter)
+    if case.adapter != "fsdp":
+        adaptation = adapt(model, case.adapter)
+    else:
+        adaptation = (ShardedAdaptation if is_initialized() else FullAdaptation)(model.network)
     adaptation.network.double()  # adapters are made in float32
     perturb(adaptation, 0.05)
     objective = build_objective(case.method, model, **case.objective)  # pyright: ignore[reportArgumentType]
@@ -113,7 +123,7 @@ def steps_of(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def weights(run: Training) -> list[Tensor]:
-    return [p.detach().clone() for p in run.parameters]
+    return [in_one_piece(p.detach()).clone() for p in run.parameters]
 
 
 def stopped_by_main(case: Case, folder: Path, rank: int) -> int:
@@ -128,6 +138,7 @@ def stopped_by_main(case: Case, folder: Path, rank: int) -> int:
 
 def main(folders: dict[str, str], rank: int, output: Path) -> None:
     ant.NUM_NOISINGS = ant.FIT_STEPS = 50  # as in conftest.py
+    open_accelerator("no")
     results: dict[str, Any] = {case.name: steps_of(case, Path(folders[case.pipeline])) for case in CASES}
     results["stopped"] = stopped_by_main(STOPPED, Path(folders[STOPPED.pipeline]), rank)
     try:

@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from training_kit import Log, adapt, run
 
+from domainstudio.models.adaptation import LoraAdaptation
 from domainstudio.models.sample import sample
 
 
@@ -46,13 +47,19 @@ def test_a_compiled_run_is_the_same_run(models, compiled_graphs, adapter):
     assert 0 < counts[1] == counts[-1], "student and source, once"
 
 
+@pytest.mark.usefixtures("compiled_graphs")
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_a_compiled_student_is_saved_as_a_plain_network(models, compiled_graphs, adapter):
-    model = models("pixel_v")
-    adaptation = adapt(model, adapter)
+def test_a_compiled_student_keeps_its_names(models, adapter):
+    adaptation = adapt(models("pixel_v"), adapter)
     names = list(adaptation.network.state_dict())
     adaptation.compile()
     assert list(adaptation.network.state_dict()) == names
+
+
+def test_a_compiled_lora_is_merged_into_a_plain_network(models, compiled_graphs):
+    model = models("pixel_v")
+    adaptation = LoraAdaptation(model.network, rank=4, lora_alpha=4.0, seed=0)
+    adaptation.compile()
     merged = adaptation.merged().eval()
     with torch.no_grad():
         merged(torch.zeros(1, *model.sample_shape), torch.tensor([3]))

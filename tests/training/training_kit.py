@@ -5,6 +5,7 @@ from torch import Tensor
 
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sharded import divided_as
 from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import METHODS, build_objective
 from domainstudio.training.objective import Batch, Views, look
@@ -26,7 +27,7 @@ def perturb(adaptation: Adaptation, std: float = 0.02) -> None:
     generator = torch.Generator().manual_seed(99)
     with torch.no_grad():
         for p in adaptation.parameters():
-            p.add_(std * torch.randn(p.shape, generator=generator))
+            p.add_(divided_as(p, std * torch.randn(p.shape, generator=generator)))
 
 
 def make_images(model: DiffusionModel, num: int = 6) -> Tensor:

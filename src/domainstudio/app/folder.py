@@ -161,7 +161,7 @@ def find_start(folder: RunFolder, recipe: Recipe, resume: str | None, log: Calla
 
 _MAY_CHANGE = {
     *("output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("validation_steps", "num_validation_images"),
+    *("validation_steps", "num_validation_images", "fsdp"),
 }
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
+from torch.distributed.tensor import DTensor
 
 from domainstudio.errors import UserError
 
 
 def standing_bytes(device: torch.device) -> int:
-    """What all tensors on `device` take now.
+    """What all tensors on `device` take now. Of a DTensor the part that is here is a tensor of its own.
 
     Raises:
         UserError: on devices other than CPU and CUDA.
@@ -25,7 +26,8 @@ def standing_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         raise UserError(f"memory can be measured on CPU and CUDA; this device is {device.type}")
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    kinds = ((thing, type(thing)) for thing in gc.get_objects())
+    tensors = (thing for thing, kind in kinds if issubclass(kind, Tensor) and kind is not DTensor)
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -28,19 +28,24 @@ from domainstudio.errors import UserError
 from domainstudio.evaluation.weights import find_weights
 from domainstudio.models.adaptation import Adaptation, FullAdaptation, LoraAdaptation
 from domainstudio.models.model import DiffusionModel
+from domainstudio.models.sharded import ShardedAdaptation
 from domainstudio.quiet import quiet
 from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.optimisation import Training, find_optimizer
+from domainstudio.training.processes import ALONE, Processes
 from domainstudio.training.state import TrainState
 from domainstudio.training.train import Observer, train
 
 
-def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool) -> Adaptation:
-    """Full fine-tuning (with a frozen copy only where a term looks at the source) or LoRA."""
+def build_adaptation(
+    model: DiffusionModel, recipe: Recipe, needs_source: bool, processes: Processes = ALONE
+) -> Adaptation:
+    """Full fine-tuning (with a frozen copy only where a term looks at the source; in parts with `fsdp`) or LoRA."""
     if recipe.adapter == "full":
-        return FullAdaptation(model.network, keep_source=needs_source)
+        kind = ShardedAdaptation if recipe.fsdp and processes.count > 1 else FullAdaptation
+        return kind(model.network, keep_source=needs_source)
     is_text = model.condition is not None
     if is_text and recipe.mixed_precision != "no":  # the frozen weights are only ever used in that precision
         with quiet():
@@ -100,7 +105,7 @@ class Opened:
         if recipe.gradient_checkpointing:
             model.checkpoint_gradients()
         needs_source = self.objective.needs_source or train_config(recipe).asks_source
-        adaptation = build_adaptation(model, recipe, needs_source)
+        adaptation = build_adaptation(model, recipe, needs_source, Processes.of(self.accelerator))
         if recipe.torch_compile:
             adaptation.compile()
         return model, adaptation
@@ -146,6 +151,8 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     find_optimizer(recipe.optimizer)
     if recipe.torch_compile:
         _find_compiler(accelerator.device)
+    if recipe.fsdp and accelerator.num_processes == 1:
+        log("fsdp has no effect: one process holds the whole model")
     if recipe.stop_when_overfitting:
         find_weights("lpips-vgg")
     draws = objective.needs_prior or train_config(recipe).asks_source

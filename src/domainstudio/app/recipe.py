@@ -68,6 +68,10 @@ class Recipe(BaseModel):
     train_batch_size: int = Field(10, ge=1, description="training pictures a step, in all processes together")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step; pairs are formed within each")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")
+    fsdp: bool = Field(
+        False,
+        description="of several processes each holds a part of the weights, and of all that training keeps of them",
+    )
     torch_compile: bool = Field(False, description="compile the networks: minutes at the start for faster steps after")
     optimizer: OptimizerName = Field("adamw", description="adamw8bit and prodigy need domainstudio[optimizers]")
     learning_rate: float | None = Field(None, gt=0, description="default: 1e-4 full, 1e-3 LoRA, 1 Prodigy")
@@ -183,8 +187,23 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"{reason} looks inside the networks, which compiled ones do not show; leave torch_compile out"
             )
+        self._check_fsdp()
         self._check_identifier()
         return self
+
+    def _check_fsdp(self) -> None:
+        if not self.fsdp:
+            return
+        for name, needed in (
+            ("adapter", "full"),
+            ("optimizer", "adamw"),
+            ("torch_compile", False),
+            ("train_text_encoder", False),
+        ):
+            if (given := getattr(self, name)) != needed:
+                raise ValueError(f"fsdp was not made for {name}={given!r}; set {name} to {needed!r}, or leave fsdp out")
+        if self.mixed_precision == "fp16":
+            raise ValueError("fsdp scales no gradients, as fp16 needs; set mixed_precision to bf16 or no")
 
     def _check_identifier(self) -> None:
         prompts = (self.instance_prompt, self.subject_prompt, self.class_prompt, self.prior_prompt)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
 from domainstudio.app.materials import draw_source_samples
@@ -53,13 +55,20 @@ def train_run(
         drawing = drawing if processes.is_main else None
         samples = draw_source_samples(folder, opened.model, recipe, opened.prior, drawing, processes)
     model, adaptation = opened.adapt()
-    watching = _watching(folder, model, adaptation, recipe, opened.domain, log)
-    in_main = map(processes.on_main, (*observers, *watching))
-    observers = (*_watchers(folder, model, adaptation, recipe, processes), *in_main)
+    sheets = _sheets(folder, model, adaptation, recipe, processes)
+    checkpoints = Checkpoints(
+        folder.path, recipe.checkpointing_steps, recipe.max_train_steps, recipe.checkpoints_total_limit, processes
+    )
+    watching = _watching(folder, model, adaptation, recipe, opened.domain, sheets, log, processes)
+    observers = (
+        *(processes.on_main(MetricsLog(folder.metrics)), sheets, checkpoints),
+        *map(processes.on_main, observers),
+        *watching,
+    )
     run = opened.train(model, adaptation, config, samples, observers, resume)
-    if processes.is_main:
-        with run.averaged():
-            _save_result(folder, model, adaptation)
+    with run.averaged() as network:
+        if processes.is_main:
+            _save_result(folder, model, adaptation, network)
     processes.wait()
     for watch in watching:
         if watch.readings:
@@ -89,24 +98,22 @@ def _begin(folder: RunFolder, recipe: Recipe, resume: TrainState | None, process
     partial.replace(folder.config)
 
 
-def _watchers(
+def _sheets(
     folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, recipe: Recipe, processes: Processes
-) -> tuple[Observer, ...]:
-    num_images, last = recipe.num_validation_images, recipe.max_train_steps
-    sheets = SampleSheets(
+) -> SampleSheets:
+    num_images = recipe.num_validation_images
+    return SampleSheets(
         folder.samples,
         model,
         num_images,
         recipe.validation_steps,
-        last,
+        recipe.max_train_steps,
         recipe.seed,
         recipe.num_inference_steps,
         None if model.condition is None else validation_guidance(recipe, num_images),
         adaptation if model.condition is not None and isinstance(adaptation, LoraAdaptation) else None,
         processes,
     )
-    checkpoints = Checkpoints(folder.path, recipe.checkpointing_steps, last, recipe.checkpoints_total_limit)
-    return processes.on_main(MetricsLog(folder.metrics)), sheets, processes.on_main(checkpoints)
 
 
 def _watching(
@@ -115,33 +122,35 @@ def _watching(
     adaptation: Adaptation,
     recipe: Recipe,
     domain: Domain,
+    sheets: SampleSheets,
     log: Callable[[str], None],
+    processes: Processes,
 ) -> tuple[Watching, ...]:
     """The watch, if the recipe wants it."""
     if not recipe.watch:
         return ()
 
-    def save(best: RunFolder) -> None:
-        _save_result(best, model, adaptation)
+    def save(best: RunFolder, network: nn.Module) -> None:
+        _save_result(best, model, adaptation, network)
 
     device = next(model.network.parameters()).device
     training = through_codec(model, domain.images.to(device)).to(device)
     after = train_config(recipe).learning_steps if recipe.binding_steps else 0
-    return (Watching(folder, training, save, recipe.stop_when_overfitting, log, after),)
+    return (Watching(folder, training, save, sheets.is_due, recipe.stop_when_overfitting, log, after, processes),)
 
 
-def _save_result(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation) -> None:
-    """Writes the student with the weights it has now."""
+def _save_result(folder: RunFolder, model: DiffusionModel, adaptation: Adaptation, network: nn.Module) -> None:
+    """Writes the student with the weights it has now: `network`, as `averaged` gives it."""
     if isinstance(adaptation, LoraAdaptation):
         if model.condition is not None:  # the LoRA is the result; `export --format merged` makes a pipeline of it
             with written_whole(folder.path / "lora") as partial:
                 save_diffusers_lora(adaptation, partial)
             return
         save_lora(adaptation, folder.lora)
-    merged = adaptation.merged().eval()
-    modules = {"unet": merged}
-    if isinstance(merged, TextDenoiser):
-        modules = {"unet": merged.unet, "text_encoder": merged.text_encoder}
+        network = adaptation.merged()
+    modules = {"unet": network}
+    if isinstance(network, TextDenoiser):
+        modules = {"unet": network.unet, "text_encoder": network.text_encoder}
     students = {name: getattr(model.pipeline, name) for name in modules}
     model.pipeline.register_modules(**modules)
     with written_whole(folder.pipeline) as partial:

@@ -43,8 +43,8 @@ class Adaptation(Protocol):
         """Puts back what `state` returned."""
         ...
 
-    def merged(self) -> nn.Module:
-        """A plain copy of the student, without adapters, for an ordinary pipeline folder."""
+    def whole(self) -> nn.Module:
+        """The student for those that call it alone: itself, if no process holds a part of it. Every process asks."""
         ...
 
     def compile(self) -> None:
@@ -78,9 +78,9 @@ class FullAdaptation:
         """Loads every tensor of the network."""
         self.network.load_state_dict(state)
 
-    def merged(self) -> nn.Module:
-        """A copy of the network."""
-        return copy.deepcopy(self.network)
+    def whole(self) -> nn.Module:
+        """The network."""
+        return self.network
 
     def compile(self) -> None:
         """Student and source."""
@@ -160,8 +160,12 @@ class LoraAdaptation:
             with torch.no_grad():
                 self.embedding.vector.copy_(state[EMBEDDING])
 
+    def whole(self) -> nn.Module:
+        """The network, with its adapters."""
+        return self.network
+
     def merged(self) -> nn.Module:
-        """A copy with the adapters' product added to the weights, and peft's wrappers gone."""
+        """A plain copy for an ordinary pipeline folder: the adapters' product in the weights, peft's wrappers gone."""
         plain = copy.deepcopy(self.network)
         for name, module in list(plain.named_modules()):
             if isinstance(module, BaseTunerLayer):

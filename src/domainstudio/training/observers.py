@@ -83,11 +83,14 @@ class SampleSheets:
         self.seed, self.num_inference_steps = seed, num_inference_steps
         self.guidance, self.lora, self.processes = guidance, lora, processes
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is a sheet of this step."""
+        return step % self.every == 0 or step == self.last
+
     def __call__(self, event: StepEvent) -> None:
         """Samples with the averaged weights when a sheet is due."""
         folder = sheet_folder(self.folder, event.step)
-        due = event.step % self.every == 0 or event.step == self.last
-        if not due or (not event.metrics and self.processes.from_main(folder.exists)):
+        if not self.is_due(event.step) or (not event.metrics and self.processes.from_main(folder.exists)):
             return
         with event.averaged() as network, self.processes.written(folder) as sheet:
             if self.lora is not None:
@@ -110,13 +113,19 @@ class SampleSheets:
 
 
 class Checkpoints:
-    """Writes checkpoint-N/ every `every` steps and at the end, keeping the newest `total_limit`."""
+    """Writes checkpoint-N/ every `every` steps and at the end, keeping the newest `total_limit`.
 
-    def __init__(self, output_dir: Path, every: int, last: int, total_limit: int | None):
+    To be called in all of `processes`, each of which may hold a part of the state; the main one writes.
+    """
+
+    def __init__(self, output_dir: Path, every: int, last: int, total_limit: int | None, processes: Processes = ALONE):
         self.output_dir, self.every, self.last, self.total_limit = output_dir, every, last, total_limit
+        self.processes = processes
 
     def __call__(self, event: StepEvent) -> None:
         """Saves when a checkpoint is due."""
         if event.metrics and (event.step % self.every == 0 or event.step == self.last):
             with torch.no_grad():
-                save_checkpoint(self.output_dir, event.state(), self.total_limit)
+                state = event.state()
+                if self.processes.is_main:
+                    save_checkpoint(self.output_dir, state, self.total_limit)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.identifier import find_embedding
+from domainstudio.models.sharded import ShardedAdaptation, divided_as, in_one_piece, on_main
 from domainstudio.training.binding import BINDING_RATE
 from domainstudio.training.config import OptimizerName, TrainConfig
 from domainstudio.training.processes import Processes
@@ -21,7 +23,10 @@ EMBEDDING_RATE = 5.0
 
 
 class Training:
-    """A run in progress: student, optimiser and average, the same in every process. `train` drives it."""
+    """A run in progress: student, optimiser and average, the same in every process, or a part of them in each.
+
+    `train` drives it.
+    """
 
     def __init__(self, adaptation: Adaptation, config: TrainConfig, accelerator: Accelerator):
         self.adaptation, self.config, self.accelerator = adaptation, config, accelerator
@@ -57,13 +62,13 @@ class Training:
         self._start()
 
     def state(self) -> TrainState:
-        """A snapshot that shares the tensors."""
+        """A snapshot that shares the tensors; of a student in parts, the main process alone is given them."""
         scaler = self.accelerator.scaler
         return TrainState(
             self.step,
             self.adaptation.state(),
-            self.average,
-            self.optimizer.state_dict(),
+            [on_main(tensor) for tensor in self.average],
+            _each_tensor(self.optimizer.state_dict(), lambda _, tensor: on_main(tensor)),
             scaler.state_dict() if scaler else {},
             self.taught,
         )
@@ -78,16 +83,18 @@ class Training:
             raise UserError("the checkpoint and the recipe disagree on use_ema; resume with the run's own config.toml")
         self.step = state.step
         self.adaptation.load_state(state.student)
-        device = self.parameters[0].device
-        self.average = [tensor.to(device) for tensor in state.average]
-        self.taught = [tensor.to(device) for tensor in state.taught]
-        self.optimizer.load_state_dict(state.optimizer)
+        self.average, self.taught = (
+            [divided_as(held, tensor) for held, tensor in zip(self.parameters, tensors, strict=False)]
+            for tensors in (state.average, state.taught)
+        )
+        self.optimizer.load_state_dict(_each_tensor(state.optimizer, self._divided))
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one batch."""
-        self.accelerator.backward(loss)
+        in_parts = isinstance(self.adaptation, ShardedAdaptation)
+        self.accelerator.backward(loss * self.processes.count if in_parts else loss)  # parts are averaged, not added
 
     @torch.no_grad()
     def update(self) -> float:
@@ -110,11 +117,11 @@ class Training:
             decay = config.ema_decay or min(ema_decay(steps), (done + 1) / (done + 11))
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter, 1 - decay)
-        return norm.item()
+        return in_one_piece(norm).item()
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The student, holding its averaged weights inside; its own come back after.
+        """The student, holding its averaged weights inside; its own come back after. Every process enters.
 
         A compiled one runs as it is written inside: what observers draw has other shapes, each of which would be
         compiled again.
@@ -123,7 +130,7 @@ class Training:
         self._put(self.average)
         try:
             with torch.compiler.set_stance("force_eager"):
-                yield self.adaptation.network
+                yield self.adaptation.whole()
         finally:
             self._put(own)
 
@@ -142,6 +149,11 @@ class Training:
             torch.clear_autocast_cache()  # which knows weights by their name, not by what they hold
             network.train(training)
 
+    def _divided(self, index: int, tensor: Tensor) -> Tensor:
+        """What the optimiser keeps of a parameter, held as that is."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]][index]
+        return divided_as(held, tensor) if tensor.shape == held.shape else tensor
+
     def _point(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
@@ -150,6 +162,15 @@ class Training:
     def _put(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=False):
             parameter.copy_(value)
+
+
+def _each_tensor(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """An optimiser's state with every tensor changed, which `change` is given after its parameter's number."""
+    kept = {
+        index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": kept}
 
 
 def ema_decay(steps: int) -> float:

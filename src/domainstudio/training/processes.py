@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from domainstudio.errors import UserError
 from domainstudio.training.state import written_whole
@@ -51,8 +52,8 @@ class Processes:
         kind = accelerator.distributed_type.value
         if kind != "NO" and not kind.startswith("MULTI_"):
             raise UserError(
-                f"the launcher asks for {kind}, which is not supported: every process holds the whole model; choose "
-                "multi-GPU (accelerate launch --multi_gpu) or multi-CPU, and --adapter lora if the model does not fit"
+                f"the launcher asks for {kind}, which is not supported; choose multi-GPU (accelerate launch "
+                "--multi_gpu) or multi-CPU, and if the model does not fit --adapter lora, or --fsdp for all weights"
             )
         started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
         if started > 1 and accelerator.num_processes == 1:
@@ -118,10 +119,11 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Adds up what each process's rows say of the gradients of one global loss."""
+        """Adds up what each process's rows say of the gradients of one global loss; those in parts are by then."""
         if self.count == 1:
             return
-        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        gradients = (p.grad for p in parameters if p.grad is not None)
+        for bucket in _buckets([gradient for gradient in gradients if not isinstance(gradient, DTensor)]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat)
             for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
