@@ -121,9 +121,7 @@ def test_gradients_are_sent_in_buckets(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"])
 def test_models_in_parts_are_refused(kind):
-    with pytest.raises(
-        UserError, match=f"asks for {kind}, which is not supported; choose multi-GPU"
-    ):
+    with pytest.raises(UserError, match=f"asks for {kind}, which is not supported; choose multi-GPU"):
         Processes.of(SimpleNamespace(distributed_type=DistributedType[kind]))  # pyright: ignore[reportArgumentType]
 
 
