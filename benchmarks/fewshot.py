@@ -291,32 +291,31 @@ def tables(results: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-ABLATIONS = ("studio hf_weight=0 image_weight=0", 'studio pairing="training"', "studio centre_pairs=false")
+NO_PAIRS = f"{DEFAULT} image_weight=0 hf_weight=0"
+ALL_PAIRS = f"{DEFAULT} image_weight=0.01 hf_weight=0.005 pair_tolerance=1000"
+"""The default before it let any relation go; with and without `colour_weight`."""
 PUBLISHED = f"{PAPER} @ 1000,2000,3000,4000,5000"
-FAR = [
-    *(f"{method} @ 200,300,400,500" for method in (*METHODS, f"{DEFAULT} colour_weight=0")),
-    PUBLISHED,
-    *(f"{method} @ 500" for method in ABLATIONS),
-]
 
 
-def near(steps: str) -> list[str]:
-    """Of a style for which the default is at its best about the middle of `steps`."""
+def plan(others: str, own: str, without_pairs: str) -> list[str]:
+    """At which steps the other methods, the default, and the default without pairs are measured."""
     return [
-        *(f"{method} @ 50,75,100,150" for method in METHODS[1:]),
-        f"{DEFAULT} @ {steps}",
-        f"{DEFAULT} colour_weight=0 @ 75,100,125,150",
+        *(f"{method} @ {others}" for method in METHODS[1:]),
+        f"{DEFAULT} @ {own}",
+        f"{NO_PAIRS} @ {without_pairs}",
+        f"{ALL_PAIRS} @ {own}",
+        f"{ALL_PAIRS} colour_weight=0 @ {own}",
         PUBLISHED,
-        *(f"{method} @ 150" for method in ABLATIONS),
     ]
 
 
+FAR, NEAR = "100,150,200,300,400,500", "50,75,100,150"
 PLAN = {
-    "ink": [*FAR, "finetune @ 100,150", "studio @ 600"],
-    "sunglasses": near("100,125,150,175,200"),
-    "watercolour": near("75,100,125,150"),
-    "grey": near("50,75,100,125,150"),
-    "smiles": [*FAR, "finetune @ 100,150", "domainstudio @ 100,150"],
+    "ink": plan(FAR, "400,500,600,700", "600"),
+    "sunglasses": plan(NEAR, "100,125,150,175,200", "150,175"),
+    "watercolour": plan(NEAR, "75,100,125,150", "100,125"),
+    "grey": plan(NEAR, "50,75,100,125,150", "75"),
+    "smiles": plan(FAR, "300,400,500,600", "400,500"),
 }
 """What is measured where. An entry is a run of its own. Near styles take a fifth of the steps of other anatomies."""
 

@@ -44,6 +44,7 @@ RECIPE_FLAGS = [
     "--random-flip",
     "--pairing",
     "--centre-pairs",
+    "--pair-tolerance",
     "--high-noise-weight",
     "--high-noise-mean-weight",
     "--snr-gamma",

@@ -54,7 +54,7 @@ def test_prompts_cannot_be_learned_without_a_text_model(models, name):
         assert build_objective(method, model, with_prior_preservation=False).prior == "none"
 
 
-@pytest.mark.parametrize("setting", [{"centre_pairs": True}, {"high_noise_weight": 0.5}])
+@pytest.mark.parametrize("setting", [{"centre_pairs": True}, {"high_noise_weight": 0.5}, {"pair_tolerance": 0.1}])
 def test_the_released_arithmetic_is_what_it_is(models, setting):
     with pytest.raises(UserError, match=f"domainstudio_released has no {next(iter(setting))}"):
         build_objective("domainstudio_released", models("pixel_epsilon"), **setting)
@@ -138,7 +138,7 @@ def test_colours_have_a_weight_of_their_own_at_high_noise(models, name):
 def test_the_feature_term_compares_what_middle_blocks_say(models, adapter):
     model = models("latent_v")
     adaptation = adapt(model, adapter)
-    objective = build_objective("studio", model, feature_weight=1.0, centre_pairs=False)
+    objective = build_objective("studio", model, feature_weight=1.0, centre_pairs=False, pair_tolerance=1e9)
     assert objective(look_at(model, adaptation, objective))[1]["features"].item() == pytest.approx(0, abs=1e-6)
     perturb(adaptation, 0.1)
     views = look_at(model, adaptation, objective)
@@ -167,6 +167,23 @@ def test_the_feature_term_teaches_what_comes_before_the_middle_block(models):
     reached = {name.partition(".")[0] for name in taught}
     assert {"conv_in", "down_blocks", "mid_block"} <= reached
     assert not {"up_blocks", "conv_out"} & reached
+
+
+def test_pairs_beyond_the_tolerance_are_let_go(models):
+    """Of `studio`, whose default that is; the other terms stay as they are."""
+    model = models("latent_v")
+    adaptation = adapt(model, "full")
+    perturb(adaptation, 0.1)
+    objective = build_objective("studio", model)
+    views = look_at(model, adaptation, objective)
+    plain = build_objective("domainstudio", model, centre_pairs=True, pairing="source_samples")(views)[1]
+    apart = objective(views)[1]
+    num, tolerance = len(views.pairs.x0), 0.0005
+    for name in ("image", "hf"):
+        assert plain[name] > tolerance
+        expected = tolerance * num * math.log1p(plain[name].item() / tolerance / num)
+        assert apart[name].item() == pytest.approx(expected, rel=1e-5)
+    assert apart["hfmse"] == plain["hfmse"]
 
 
 @pytest.mark.parametrize("setting", ["feature_weight", "colour_weight"])
@@ -237,6 +254,8 @@ def _slow_terms(views, prediction, method):
         if ours:
             one, two = ([x / x.norm() for x in side] for side in (one, two))
             one, two = ([x - sum(side) / len(side) for x in side] for side in (one, two))
+        if ours:
+            return 0.0005 * len(one) * math.log(1 + _kl(_softmaxes(one), _softmaxes(two)) / 0.0005 / len(one))
         return _kl(_softmaxes(two), _softmaxes(one)) / 6 if released else _kl(_softmaxes(one), _softmaxes(two))
 
     hfmse = 0.0

@@ -65,6 +65,7 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         model,
         pairing=recipe.pairing,
         centre_pairs=recipe.centre_pairs,
+        pair_tolerance=recipe.pair_tolerance,
         high_noise_weight=recipe.high_noise_weight,
         high_noise_mean_weight=recipe.high_noise_mean_weight,
         snr_gamma=recipe.snr_gamma,

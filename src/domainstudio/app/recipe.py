@@ -93,6 +93,9 @@ class Recipe(BaseModel):
     )
     pairing: Literal["training", "source_samples"] | None = Field(None, description="which pictures form pairs")
     centre_pairs: bool | None = Field(None, description="compare pairs after taking out the batch's mean picture")
+    pair_tolerance: float | None = Field(
+        None, gt=0, description="divergence of pairs, in nats a picture, from which on they are let go"
+    )
     high_noise_weight: float | None = Field(
         None, ge=0, le=1, description="weight of the denoising error where all is noise; 1 where all is picture"
     )
