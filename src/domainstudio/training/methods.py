@@ -122,8 +122,8 @@ ddpm_pa = domainstudio  # arXiv 2211.03264: the unconditional DomainStudio objec
 
 def studio(
     model: DiffusionModel,
-    image_weight: float | None = None,
-    hf_weight: float | None = None,
+    image_weight: float = 0.01,
+    hf_weight: float = 0.005,
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
     colour_weight: float | None = None,
@@ -140,20 +140,13 @@ def studio(
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise, 0.05,
     but for the means of channels, 1: colours come at once, composition slowly. Source samples are recoloured, too
-    (`colour_weight`). Pairs count 0.15 (high frequencies half of it) and are let go beyond 0.0005 nats a picture.
-    Text-to-image models: 0.1 for both, 0, and pairs 0.01 without a tolerance.
+    (`colour_weight`). Text-to-image models: 0.1 for both, and 0.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
     less, and its own less, too. docs/decisions.md says why these are the defaults.
     """
     is_text = model.condition is not None
-    if image_weight is None:
-        image_weight = 0.01 if is_text else 0.15
-    if hf_weight is None:
-        hf_weight = 0.005 if is_text else 0.075
-    if pair_tolerance is None and not is_text:
-        pair_tolerance = 0.0005
     if high_noise_weight is None:
         high_noise_weight = 0.1 if is_text else 0.05
     if high_noise_mean_weight is None and not is_text:
