@@ -34,14 +34,12 @@ from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective
 from domainstudio.training.optimisation import Training, find_optimizer
-from domainstudio.training.processes import ALONE, Processes
+from domainstudio.training.processes import Processes
 from domainstudio.training.state import TrainState
 from domainstudio.training.train import Observer, train
 
 
-def build_adaptation(
-    model: DiffusionModel, recipe: Recipe, needs_source: bool, processes: Processes = ALONE
-) -> Adaptation:
+def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool, processes: Processes) -> Adaptation:
     """Full fine-tuning (with a frozen copy only where a term looks at the source; in parts with `fsdp`) or LoRA."""
     if recipe.adapter == "full":
         kind = ShardedAdaptation if recipe.fsdp and processes.count > 1 else FullAdaptation

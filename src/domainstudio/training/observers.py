@@ -85,7 +85,7 @@ class SampleSheets:
 
     def is_due(self, step: int) -> bool:
         """Whether there is a sheet of this step."""
-        return step % self.every == 0 or step == self.last
+        return _is_due(step, self.every, self.last)
 
     def __call__(self, event: StepEvent) -> None:
         """Samples with the averaged weights when a sheet is due."""
@@ -124,8 +124,13 @@ class Checkpoints:
 
     def __call__(self, event: StepEvent) -> None:
         """Saves when a checkpoint is due."""
-        if event.metrics and (event.step % self.every == 0 or event.step == self.last):
+        if event.metrics and _is_due(event.step, self.every, self.last):
             with torch.no_grad():
                 state = event.state()
                 if self.processes.is_main:
                     save_checkpoint(self.output_dir, state, self.total_limit)
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    """What comes every so many steps and at the end."""
+    return step % every == 0 or step == last

@@ -84,10 +84,16 @@ class Training:
         self.step = state.step
         self.adaptation.load_state(state.student)
         self.average, self.taught = (
-            [divided_as(held, tensor) for held, tensor in zip(self.parameters, tensors, strict=False)]
+            [divided_as(held, tensor) for held, tensor in zip(self.parameters, tensors, strict=True)] if tensors else []
             for tensors in (state.average, state.taught)
         )
-        self.optimizer.load_state_dict(_each_tensor(state.optimizer, self._divided))
+        optimised = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+        def divided(index: int, kept: Tensor) -> Tensor:
+            held = optimised[index]
+            return divided_as(held, kept) if kept.shape == held.shape else kept
+
+        self.optimizer.load_state_dict(_each_tensor(state.optimizer, divided))
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
 
@@ -148,11 +154,6 @@ class Training:
             self._point(own)
             torch.clear_autocast_cache()  # which knows weights by their name, not by what they hold
             network.train(training)
-
-    def _divided(self, index: int, tensor: Tensor) -> Tensor:
-        """What the optimiser keeps of a parameter, held as that is."""
-        held = [p for group in self.optimizer.param_groups for p in group["params"]][index]
-        return divided_as(held, tensor) if tensor.shape == held.shape else tensor
 
     def _point(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
