@@ -84,12 +84,13 @@ OTHER_FLAGS = {
     | {"--style-strength", "--source-prompt"},
     "export": {"--format", "--output", "--metadata", "--no-metadata"},
     "evaluate": {"--instance-data-dir", "--reference-dir", "--num-images", "--seed", "--lpips", "--lpips-px"}
-    | {"--intra", "--json", "--clip", "--dino"},
+    | {"--source-dir", "--intra", "--json", "--clip", "--dino"},
     "compare": {
         "--instance-data-dir",
         "--caption",
         "--output",
         "--reference-dir",
+        "--source-dir",
         "--num-images",
         "--seed",
         "--lpips",

@@ -5,7 +5,8 @@ from domainstudio.app.recipe import Recipe
 from domainstudio.evaluation.entry import ReportEntry
 from domainstudio.training.train import StepEvent
 
-MEASURED = {"kid": 12.345, "fid": 98.7, "intra_lpips": 0.4567, "nearest_lpips": 0.3, "copy_rate": 0.125}
+MEASURED = {"kid": 12.345, "fid": 98.7, "intra_lpips": 0.4567, "nearest_lpips": 0.3}
+MEASURED |= {"copy_rate": 0.125, "unadapted_rate": 0.25}
 
 
 def entry(title: str, **metrics) -> ReportEntry:
@@ -32,8 +33,8 @@ def test_table_of_a_comparison(capsys):
     out, err = capsys.readouterr()
     assert err == ""
     ours, other = (next(line for line in out.splitlines() if name in line) for name in ("Ours", "Other"))
-    assert ours.split() == ["Ours", "12.3", "98.7", "0.457", "0.300", "12.5", "%", "8"]
-    assert other.split() == ["Other", *"–––––", "8"]
+    assert ours.split() == ["Ours", "12.3", "98.7", "0.457", "0.300", "12.5", "%", "25.0", "%", "8"]
+    assert other.split() == ["Other", *"––––––", "8"]
     assert out.count("– no [weights] here\n") == 1
 
 
@@ -59,6 +60,7 @@ def test_lines_of_an_evaluation(capsys):
         ["intra_lpips", "0.4567"],
         ["copy_rate", "0.1250", "nearest"],
         ["nearest_lpips", "0.3000", "nearest"],
+        ["unadapted_rate", "0.2500"],
         ["precision", "0.5000", "k"],
         ["recall", "0.2500", "k"],
         ["density", "0.7500", "k"],

@@ -63,7 +63,8 @@ class TestEvaluate:
         assert all(isinstance(measured[name], float) for name in (*NUMBERS, *COVERAGE))
         assert all(isinstance(measured[name], str) for name in PROTOCOLS)
         assert (measured["num_images"], measured["num_reference"]) == (12, 12)
-        assert set(measured["reasons"]) == set(ON_REQUEST)
+        assert set(measured["reasons"]) == {*ON_REQUEST, "unadapted_rate"}
+        assert "too much like the training pictures" in measured["reasons"]["unadapted_rate"]  # both are noise
         assert len(measured["nearest_indices"]) == 12
         assert measured == evaluated(*given)
         assert measured != evaluated(*given, "--seed", 1)
@@ -81,6 +82,21 @@ class TestEvaluate:
         assert (measured["num_images"], measured["copy_rate"]) == (10, 1.0)
         assert measured["nearest_indices"] == list(range(10))
 
+    def test_what_looks_like_the_source_is_told_from_it(self, pictures, tmp_path):
+        """Black pictures are the source's; a quarter of what is measured is, too."""
+        source, mixed = tmp_path / "source", tmp_path / "mixed"
+        for folder, num in ((source, 4), (mixed, 2)):
+            folder.mkdir()
+            for index in range(num):
+                Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / f"black{index}.png")
+        for file in sorted(pictures.glob("*.png"))[:6]:
+            shutil.copy(file, mixed)
+        given = (mixed, "--instance-data-dir", pictures)
+        measured = evaluated(*given, "--source-dir", source)
+        assert measured["unadapted_rate"] == 0.25
+        assert "4 of the source's pictures" in measured["unadapted_protocol"]
+        assert "--source-dir" in evaluated(*given)["reasons"]["unadapted_rate"]
+
     def test_a_zip(self, pictures, heldout, tmp_path):
         file = shutil.make_archive(str(tmp_path / "zip"), "zip", heldout)
         given = ("--instance-data-dir", pictures, "--reference-dir")
@@ -95,7 +111,7 @@ class TestEvaluate:
         measured, lines = evaluated(*given), succeeds("evaluate", *given).out.splitlines()
         shown = {line.split()[0]: line.split()[1] for line in lines[:-1]}
         numbers = {name: f"{measured[name]:.4f}" for name in (*NUMBERS, *COVERAGE)}
-        assert shown == {**numbers, "num_images": "12"}
+        assert shown == {**numbers, "unadapted_rate": "–", "num_images": "12"}
         assert lines[-1].startswith("with --clip and --dino also: ")
         assert set(lines[-1].split(": ")[1].split(", ")) == set(ON_REQUEST)
 
@@ -108,7 +124,7 @@ def test_without_weights_everything_runs_and_says_what_is_missing(full_run, pict
         assert measured[name] is None
         assert "weights are not here" in measured["reasons"][name]
     assert measured["num_images"] == 3
-    assert succeeds("evaluate", *given).out.count("weights are not here") == len((*NUMBERS, "vendi"))
+    assert succeeds("evaluate", *given).out.count("weights are not here") == len((*NUMBERS, "vendi", "unadapted_rate"))
     report = tmp_path / "report.html"
     result = succeeds("compare", full_run, "--num-images", 3, "--output", report)
     assert "weights are not here" in result.out

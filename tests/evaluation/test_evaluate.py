@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, features, metrics
-from domainstudio.evaluation.evaluate import NO_REFERENCE, Evaluation, Evaluator
+from domainstudio.evaluation.evaluate import NO_REFERENCE, NO_SOURCE, NUM_SOURCE, Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
 
 
@@ -18,7 +18,7 @@ def pictures(num: int, seed: int) -> Tensor:
 
 COMPARED = ("kid", "fid", "precision", "recall", "density", "coverage")
 """What compares with the reference pictures, by default."""
-ON_REQUEST = ("cmmd", "fd_dino", "clip_image", "clip_text")
+ON_REQUEST = ("cmmd", "fd_dino", "clip_image", "clip_text", "unadapted_rate")
 TRAINING, REFERENCE, IMAGES = pictures(4, 0), pictures(200, 1), pictures(60, 2)
 
 
@@ -100,6 +100,35 @@ def test_without_reference_no_kid_and_a_threshold_from_the_spread():
     plain(evaluation)
     with pytest.raises(UserError, match="--reference-dir"):
         Evaluator(TRAINING, None).real()
+
+
+@pytest.mark.usefixtures("stubs")
+def test_pictures_that_still_look_like_the_source_are_counted():
+    source = pictures(NUM_SOURCE + 1, 3) * 0.1 - 0.8
+    evaluator = Evaluator(TRAINING, REFERENCE, source=source)
+    images = torch.cat([pictures(6, 4) * 0.1 - 0.8, IMAGES[:18]])
+    evaluation = evaluator.evaluate(images)
+    assert evaluation.unadapted_rate == pytest.approx(0.25)
+    assert "16 of the source's pictures than to that of the 4 training pictures" in evaluation.unadapted_protocol
+    assert evaluator.real().unadapted_rate == evaluator.copier(8).unadapted_rate == 0
+    assert Evaluator(TRAINING, REFERENCE, source=source[:NUM_SOURCE]).evaluate(images) == evaluation
+    assert plain(evaluation)["unadapted_rate"] == 0.25
+
+
+@pytest.mark.usefixtures("stubs")
+def test_where_that_cannot_be_told_there_is_a_reason():
+    source = pictures(8, 3)
+    for training, drawn, why in (
+        (TRAINING, None, NO_SOURCE),
+        (TRAINING, source[:1], NO_SOURCE),
+        (TRAINING, source, "too much like the training pictures"),
+        (TRAINING[:1], source, "one training picture has no spread"),
+    ):
+        evaluation = Evaluator(training, REFERENCE, source=drawn).evaluate(IMAGES)
+        assert evaluation.unadapted_rate is None
+        assert why in evaluation.reasons["unadapted_rate"]
+    with pytest.raises(UserError, match="the source pictures range from"):
+        Evaluator(TRAINING, None, source=source * 255)
 
 
 @pytest.mark.usefixtures("stubs")

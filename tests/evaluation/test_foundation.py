@@ -99,7 +99,7 @@ def test_networks_that_are_not_here_or_of_another_kind_are_told(clip, dino):
 @pytest.mark.usefixtures("stubs")
 def test_an_evaluation_looks_through_them_when_asked(clip, dino):
     training, reference, images = pictures(3, 0), pictures(9, 1), pictures(5, 2)
-    evaluator = Evaluator(training, reference, Protocol(clip=clip, dino=dino))
+    evaluator = Evaluator(training, reference, Protocol(clip=clip, dino=dino), source=images * 0.1 - 0.9)
     prompts = ["a dog", "a cat", "a hat", "a red hat", "a"]
     measured = evaluator.evaluate(images, prompts)
     assert measured.reasons == {"density": measured.reasons["density"], "coverage": measured.reasons["density"]}

@@ -7,6 +7,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from domainstudio.evaluation import metrics
+from domainstudio.evaluation.metrics import Way
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -178,3 +179,66 @@ def test_alignment_is_of_all_with_all_and_prompt_alignment_of_partners():
     a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     assert metrics.alignment(a, b) == pytest.approx((1 + 0.6 + 0 + 0.8) / 4)
     assert metrics.prompt_alignment(a, b) == pytest.approx((1 + 0.8) / 2)
+
+
+class TestWay:
+    SAMPLES, SOURCE, TARGET = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (6, 5, 4))
+
+    @staticmethod
+    def between(source: Tensor, target: Tensor) -> Way:
+        return Way(*(torch.cdist(a, b).square() for a, b in ((target, source), (target, target), (source, source))))
+
+    def left(self, way: Way, samples: Tensor) -> Tensor:
+        return way.left(torch.cdist(samples, self.TARGET).square(), torch.cdist(samples, self.SOURCE).square().mean(1))
+
+    def test_it_is_its_definition(self):
+        """Means over different pairs, written out with vectors."""
+        way, samples = self.between(self.SOURCE, self.TARGET), self.SAMPLES.double()
+        for x, found in zip(samples, self.left(way, self.SAMPLES), strict=True):
+            terms = [
+                2 * (t - x) @ (u - s)
+                for s in self.SOURCE.double()
+                for i, t in enumerate(self.TARGET.double())
+                for j, u in enumerate(self.TARGET.double())
+                if i != j
+            ]
+            assert float(found) == pytest.approx(float(torch.stack(terms).mean()), abs=1e-4)
+        terms = [
+            2 * (t - s) @ (u - r)
+            for k, s in enumerate(self.SOURCE.double())
+            for m, r in enumerate(self.SOURCE.double())
+            for i, t in enumerate(self.TARGET.double())
+            for j, u in enumerate(self.TARGET.double())
+            if i != j and k != m
+        ]
+        assert way.length == pytest.approx(float(torch.stack(terms).mean()), abs=1e-4)
+
+    def test_it_is_unbiased_with_few_pictures(self):
+        """Two pictures of each domain, 50 dimensions: on average 0 for new ones of the target, all for the source's."""
+        generator, ends = torch.Generator().manual_seed(0), []
+        for _ in range(2000):
+            source, target, new = (torch.randn(2, 50, generator=generator) for _ in range(3))
+            source[:, 0] += 3
+            way = self.between(source, target)
+            to_source = torch.cdist(new, source).square().mean(1)
+            ends.append((float(way.left(torch.cdist(new, target).square(), to_source).mean()), way.length))
+        arrived, length = (sum(values) / len(ends) for values in zip(*ends, strict=True))
+        assert arrived == pytest.approx(0, abs=1.5)
+        assert length == pytest.approx(2 * 3**2, abs=1.5)
+
+    def test_pictures_are_told_where_their_domains_lie_apart(self):
+        far = torch.tensor([10.0, 0, 0])
+        way = self.between(self.SOURCE + far, self.TARGET)
+        assert way.tells
+        to_source = torch.cdist(self.SAMPLES, self.SOURCE + far).square().mean(1)
+        left = way.left(torch.cdist(self.SAMPLES, self.TARGET).square(), to_source)
+        assert way.unadapted_rate(left) == 0
+        assert way.unadapted_rate(torch.full((4,), way.length)) == 1
+        assert not self.between(self.SOURCE, self.TARGET).tells
+        assert self.between(self.SOURCE, self.TARGET).unadapted_rate(left) is None
+
+    def test_they_are_told_up_to_one_in_twenty_mistakes(self):
+        """One dimension, exact spread: both domains at +- 1 about their means, which lie twice the distance apart."""
+        for apart, told in ((3.2, False), (3.5, True)):
+            target = torch.tensor([[-1.0], [1.0]]).repeat(200, 1)
+            assert self.between(target + apart, target).tells is told

@@ -9,11 +9,12 @@ from domainstudio.evaluation.report import ReportEntry, write_report
 from domainstudio.evaluation.verdict import judge
 from domainstudio.evaluation.watch import Reading
 
+NUMBERS = ("kid", "intra_lpips", "copy_rate", "unadapted_rate", "num_images")
 SCORES = {"num_images": 1000, "fid": 70.0, "nearest_lpips": 0.2, "copy_threshold": 0.07}
 
 
 def entry(title, kind="result", count=4, **more):
-    metrics = {key: more.pop(key) for key in ("kid", "intra_lpips", "copy_rate", "num_images") if key in more}
+    metrics = {key: more.pop(key) for key in NUMBERS if key in more}
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     metrics = {**SCORES, **metrics, **more.pop("metrics", {})} if metrics else more.pop("metrics", {})
     return ReportEntry(title, f"What {title} is.", images, metrics, kind, **more)
@@ -94,6 +95,17 @@ class TestVerdict:
         assert "Its KID is no better than that of the source before training." in findings
         headline, _ = verdict(SOURCE, COPYING, entry("Ours", kid=200.0, copy_rate=0.0), REAL)
         assert headline == "No model without copies is closer to the domain than the source before training."
+
+    def test_pictures_left_in_the_source_do_not_count_as_diversity(self):
+        left = entry("Ours", kid=41.0, intra_lpips=0.2, copy_rate=0.0, unadapted_rate=0.24)
+        headline, findings = verdict(SOURCE, PLAIN, left, REAL)
+        assert headline == "Ours looks most like the real pictures."
+        assert "24 % of them still look like the source's, which flatters its diversity" in findings
+        headline = verdict(left, REAL)[0].replace("\u00a0", " ")
+        assert headline == "Ours does not copy, but 24 % of its pictures still look like the source's."
+        few = entry("Ours", kid=41.0, intra_lpips=0.2, copy_rate=0.0, unadapted_rate=0.05)
+        assert verdict(few, REAL)[0] == "Ours does not copy."
+        assert "look like the source's" not in verdict(few, REAL)[1]
 
     def test_no_reference(self):
         headline, findings = verdict(PLAIN, OURS)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import features
-from domainstudio.evaluation.metrics import pairwise_lpips, way_left
 from domainstudio.evaluation.watch import PATIENCE, Reading, Watch, choose, is_overfitting, tell
 
 pytestmark = pytest.mark.usefixtures("stubs")
@@ -57,22 +56,6 @@ def test_the_source_is_all_of_the_way_off():
     assert read(SOURCE).style_distance == pytest.approx(1)
 
 
-def test_the_way_left_is_its_definition():
-    """Means over different pairs, written out with vectors."""
-    samples, source, target = torch.randn(6, 3), torch.randn(6, 3) - 1, torch.randn(4, 3) + 1
-    terms = [
-        (target[k] - samples[i]) @ (target[m] - source[j])
-        for i in range(6)
-        for j in range(6)
-        for k in range(4)
-        for m in range(4)
-        if i != j and k != m
-    ]
-    pairs = ((samples, target), (samples, source), (source, target), (target, target))
-    tables = [pairwise_lpips(a, b) for a, b in pairs]
-    assert way_left(*tables) == pytest.approx(2 * float(torch.stack(terms).mean()), rel=1e-4)
-
-
 def test_the_way_left_follows_pictures_on_their_way():
     """Whatever the rest of a picture is: of the same noise, half of the way is half."""
     target = pictures(16, 1, 0.4)
@@ -94,6 +77,14 @@ def test_a_small_attribute_arrives_step_by_step():
     watch = Watch(with_patch(pictures(10, 0), 1.0), source)
     left = [watch.read(5, with_patch(source, strength)).style_distance for strength in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert left == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0], abs=0.12)
+
+
+def test_pictures_that_still_look_like_the_source_are_counted():
+    arrived = pictures(16, 1, 0.4)
+    assert read(SOURCE).unadapted == 1
+    assert read(arrived).unadapted == 0
+    assert read(torch.cat([SOURCE[:4], arrived[4:]])).unadapted == pytest.approx(0.25)
+    assert Watch(pictures(10, 0), pictures(16, 1)).read(5, pictures(16, 2)).unadapted is None  # one domain
 
 
 def test_new_pictures_of_the_domain_are_where_they_should_be():
@@ -141,6 +132,11 @@ def test_the_best_is_the_lowest_score_after_the_source():
             [RUN[0], at(50, 1.9, 0.9)],
             "The style has not arrived: 90% of the way is left at step 50; take more (max_train_steps).",
         ),
+        (
+            [*RUN[:2], replace(RUN[2], unadapted=0.25)],
+            "25% of the pictures still look like the source's at step 100; take more (max_train_steps).",
+        ),
+        ([*RUN[:2], replace(RUN[2], unadapted=0.1)], "No collapse until step 100; step 100 is the best."),
         (RUN[:1], "No checkpoint was looked at yet."),
     ],
 )
@@ -160,6 +156,10 @@ def test_a_reading_survives_json():
     reading = Reading.from_json(RUN[-1].to_json())
     assert reading == RUN[-1]
     assert RUN[-1].to_json()["score"] == pytest.approx(RUN[-1].score)
+    assert Reading.from_json(replace(RUN[0], unadapted=0.5).to_json()).unadapted == 0.5
+    before = RUN[-1].to_json()
+    del before["unadapted"]  # a log that was written before that was read
+    assert Reading.from_json(before) == RUN[-1]
 
 
 @pytest.mark.parametrize(("training", "source"), [(2, 16), (10, 1)])

@@ -234,6 +234,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.seed,
             _protocol(args),
             console.progress,
+            args.source_dir,
         ).to_json()
     if args.json:
         print(json.dumps(result))
@@ -256,6 +257,7 @@ def _compare(args: argparse.Namespace) -> None:
             _protocol(args),
             console.progress,
             args.caption,
+            args.source_dir,
         )
     print_table(result.entries)
     print(f"report: {result.report.resolve()}")

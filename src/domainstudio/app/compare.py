@@ -9,15 +9,15 @@ from torch import Tensor
 from domainstudio.app.draw import (
     default_device,
     draw_from,
+    draw_source,
     negative_prompt,
     open_result,
     prompts_of,
-    source_guidance,
     validation_guidance,
 )
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import recipe_source
-from domainstudio.app.measure import Progress, part, reference_pictures
+from domainstudio.app.measure import Progress, part, reference_pictures, source_landmarks
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.watching import readings_in
 from domainstudio.data.captions import fill
@@ -63,6 +63,7 @@ def compare(
     protocol: Protocol | None = None,
     progress: Progress | None = None,
     captions: Sequence[str] = (),
+    source_dir: Path | None = None,
 ) -> Comparison:
     """Puts runs of one source and set, and pictures made by anything, side by side in one report, with its anchors.
 
@@ -71,6 +72,7 @@ def compare(
         instance_data_dir: the training pictures where no run says which they are.
         num_images: how many to draw from a run; pictures are taken whole.
         captions: of text-to-image models, what each is asked for besides; the runs in their own style.
+        source_dir: pictures of the source where no run says which it is.
 
     Raises:
         UserError: if a run is not finished, runs do not share source and training pictures, or pictures cannot be read.
@@ -84,7 +86,7 @@ def compare(
     instance_data_dir = recipes[0].instance_data_dir if runs else instance_data_dir
     if instance_data_dir is None:
         raise UserError("no run says which the training pictures are: give --instance-data-dir")
-    source = recipe_source(recipes[0]) if runs else None
+    source = recipe_source(recipes[0], default_device()) if runs else None
     if captions and (source is None or source.condition is None):
         told = recipes[0].pretrained_model_name_or_path if runs else "a folder of pictures"
         raise UserError(f"{told} takes no prompts; leave the captions out")
@@ -96,7 +98,11 @@ def compare(
     assert resolution is not None
     training = load_domain(instance_data_dir, resolution).images
     reference = reference_pictures(instance_data_dir, reference_dir, resolution)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache())
+    if source_dir is not None:
+        landmarks = read_pictures(source_dir, resolution)
+    else:
+        landmarks = None if source is None else source_landmarks(source, recipes[0], seed, progress)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache(), landmarks)
 
     by = _Measuring(evaluator, num_images, seed, progress, captions)
     entries = []
@@ -175,9 +181,7 @@ class _Measuring:
 
 
 def _source_entry(source: DiffusionModel, recipe: Recipe, by: _Measuring) -> ReportEntry:
-    guidance = None if source.condition is None else source_guidance(recipe, by.num_images)
-    told = part(by.progress, "sampling the source")
-    pictures = draw_from(source, by.num_images, by.seed, recipe.num_inference_steps, told, guidance)
+    pictures = draw_source(source, recipe, by.num_images, by.seed, part(by.progress, "sampling the source"))
     entry = _entry("Un-adapted source", "what we started from", pictures, by.evaluator.evaluate(pictures), "source")
     return replace(entry, prompted=_prompted(source, recipe, by.captions, by.seed, in_style=False))
 

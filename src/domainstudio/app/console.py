@@ -73,19 +73,20 @@ class Console:
 
 def print_table(entries: Sequence[ReportEntry]) -> None:
     """The comparison as a table on stdout."""
-    table = Table(box=rich.box.SIMPLE_HEAD, caption_justify="left")
-    table.caption = "Good: low KID, Intra-LPIPS near the real pictures' own, no more copies than among them."
+    table = Table(box=rich.box.SIMPLE_HEAD, caption_justify="left", collapse_padding=True, pad_edge=False)
+    table.caption = (
+        "Good: low KID, Intra-LPIPS near the real pictures' own, no more copies than among them, none unadapted."
+    )
     table.add_column("")
-    for heading in ("KID x10³", "FID", "Intra-LPIPS", "nearest", "copies", "pictures"):
+    for heading in ("KID x10³", "FID", "Intra-LPIPS", "nearest", *_RATES.values(), "of"):
         table.add_column(heading, justify="right")
     for entry in entries:
-        rate = entry.number("copy_rate")
         cells = [_number(entry.number(name), digits) for name, digits in _COLUMNS]
-        copies = "–" if rate is None else f"{100 * rate:.1f} %"
-        table.add_row(entry.title, *cells, copies, str(entry.metrics.get("num_images", "–")))
+        rates = ["–" if (rate := entry.number(name)) is None else f"{100 * rate:.1f} %" for name in _RATES]
+        table.add_row(entry.title, *cells, *rates, str(entry.metrics.get("num_images", "–")))
     console = rich.console.Console()
     console.print(table)
-    shown = (*(name for name, _ in _COLUMNS), "copy_rate")
+    shown = (*(name for name, _ in _COLUMNS), *_RATES)
     reasons = [entry.metrics.get("reasons", {}) for entry in entries]
     for reason in sorted({own[name] for own in reasons for name in shown if name in own}):
         console.print(f"– {reason}", markup=False, highlight=False)
@@ -93,10 +94,12 @@ def print_table(entries: Sequence[ReportEntry]) -> None:
 
 _PROTOCOLS = {
     **{"kid": "kid", "fid": "fid", "intra_lpips": "intra_lpips", "copy_rate": "copy", "nearest_lpips": "copy"},
+    "unadapted_rate": "unadapted",
     **dict.fromkeys(("precision", "recall", "density", "coverage"), "coverage"),
     **{"vendi": "vendi", "cmmd": "clip", "fd_dino": "dino", "clip_image": "clip", "clip_text": "clip"},
 }
 """The numbers that are printed, and whose protocol they were measured by."""
+_RATES = {"copy_rate": "copies", "unadapted_rate": "unadapted"}
 _COLUMNS = (("kid", 1), ("fid", 1), ("intra_lpips", 3), ("nearest_lpips", 3))
 
 

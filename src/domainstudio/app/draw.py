@@ -86,6 +86,14 @@ def draw_from(
     return decode(model, x0, next(model.network.parameters()).device)
 
 
+def draw_source(
+    source: DiffusionModel, recipe: Recipe, num_images: int, seed: int, progress: Progress | None = None
+) -> Tensor:
+    """(num_images, 3, H, W) in [-1, 1] from the source of a recipe: what there is before it is adapted."""
+    guidance = None if source.condition is None else source_guidance(recipe, num_images)
+    return draw_from(source, num_images, seed, recipe.num_inference_steps, progress, guidance)
+
+
 def open_result(folder: RunFolder, device: torch.device | str = "cpu") -> DiffusionModel:
     """The model a finished run made: its pipeline, or its source with the LoRA in the weights."""
     result = folder.finished()

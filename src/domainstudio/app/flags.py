@@ -51,6 +51,8 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     option(
         parser, "--reference-dir", type=Path, help="held-out pictures: folder or .zip (bundled domains bring theirs)"
     )
+    unadapted = "what the source model draws before it is adapted: folder or .zip (a run's source is asked by itself)"
+    option(parser, "--source-dir", type=Path, help=unadapted)
     option(parser, "--num-images", type=positive, default=200, help="samples drawn of a run (default: %(default)s)")
     option(parser, "--seed", type=int, default=0)
     parser.add_argument("--lpips", choices=["vgg", "alex"], default="vgg", help="LPIPS backbone")

@@ -20,9 +20,9 @@ class ReportEntry:
         title: its name in the report, such as "Plain fine-tuning".
         note: one sentence: what it is.
         images: (N, 3, H, W) in [-1, 1]; the first ones share their noise across entries of kind result and source.
-        metrics: `kid` (times 1,000), `fid`, `intra_lpips`, `copy_rate` (0 to 1), `nearest_lpips`, `copy_threshold`,
-            `num_images`: a number or None; `reasons`: metric -> why it is None; `<metric>_protocol`: how it was found;
-            `notes`: sentences for the small print.
+        metrics: `kid` (times 1,000), `fid`, `intra_lpips`, `copy_rate` and `unadapted_rate` (0 to 1),
+            `nearest_lpips`, `copy_threshold`, `num_images`: a number or None; `reasons`: metric -> why it is None;
+            `<metric>_protocol`: how it was found; `notes`: sentences for the small print.
         from_noise: whether the first images share their noise with those of other entries.
         nearest: for each image, the index of its nearest training picture; may be empty.
         distances: for each image, the LPIPS distance to that picture; may be empty.

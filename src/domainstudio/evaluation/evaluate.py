@@ -30,6 +30,12 @@ NO_REFERENCE = (
     "KID, FID and coverage against the training pictures would reward copying: give --reference-dir with held-out "
     "pictures"
 )
+NO_SOURCE = (
+    "which pictures still look like the source's needs pictures of the source, which a run's model gives: give "
+    "--source-dir with at least two that it draws before it is adapted"
+)
+NUM_SOURCE = 16
+"""Pictures of the source that others are compared with: more than there are training pictures, as a rule."""
 
 
 Sight = Literal["inception", "clip", "dino"]
@@ -56,6 +62,7 @@ class Evaluation:
     recall: float | None  # is everything real among them
     density: float | None  # 1 for the real distribution
     coverage: float | None
+    unadapted_rate: float | None  # share of images that look more like the source's than like the training pictures
     vendi: float | None  # effective number of different pictures
     cmmd: float | None  # x 10^3
     fd_dino: float | None
@@ -66,6 +73,7 @@ class Evaluation:
     kid_protocol: str
     fid_protocol: str
     coverage_protocol: str
+    unadapted_protocol: str
     vendi_protocol: str
     clip_protocol: str
     dino_protocol: str
@@ -85,6 +93,8 @@ class Evaluator:
     Args:
         training: (N, 3, H, W) in [-1, 1], the few pictures trained on; the networks run on its device.
         reference: (M, 3, H, W) in [-1, 1], held-out pictures of the same domain; None leaves KID and FID out.
+        source: (K, 3, H, W) in [-1, 1], K >= 2, what the source model draws before it is adapted; the first
+            `NUM_SOURCE` are looked at. None leaves out how many pictures still look like these.
         protocol: how to measure.
         progress: told (stage, done, total).
         cache: keeps what the networks saw for later evaluators, on disk.
@@ -101,11 +111,15 @@ class Evaluator:
         protocol: Protocol = USUAL,
         progress: Progress | None = None,
         cache: FeatureCache | None = None,
+        source: Tensor | None = None,
     ):
         _check(training, "training")
         px = protocol.lpips_px or max(32, min(256, *training.shape[-2:]))
         self.protocol = replace(protocol, lpips_px=px)
-        self._networks = Networks(training, protocol.lpips, px, progress, protocol.clip, protocol.dino, cache)
+        if source is not None:
+            _check(source, "source")
+            source = source[:NUM_SOURCE]
+        self._networks = Networks(training, protocol.lpips, px, progress, protocol.clip, protocol.dino, cache, source)
         self._training = Pictures(self._networks, training, "training pictures")
         self._reference = None
         if reference is not None:
@@ -151,6 +165,7 @@ class Evaluator:
         mean_nearest = measured("nearest_lpips", lambda: float(pictures.nearest[0].mean()))
         threshold = measured("copy_threshold", lambda: self._threshold[0])
         rate = measured("copy_rate", lambda: metrics.copy_rate(pictures.nearest[0], self._threshold[0]))
+        unadapted = measured("unadapted_rate", lambda: self._unadapted(pictures))
         kid = measured("kid", lambda: 1e3 * metrics.kernel_distance(*self._compared(pictures)))
         fid = measured("fid", lambda: metrics.frechet_distance(*self._compared(pictures)))
         precise, recalled, dense, covered = (
@@ -177,6 +192,7 @@ class Evaluator:
             recall=recalled,
             density=dense,
             coverage=covered,
+            unadapted_rate=unadapted,
             vendi=vendi,
             cmmd=cmmd,
             fd_dino=fd_dino,
@@ -189,6 +205,8 @@ class Evaluator:
             fid_protocol=f"FID, bicubic to 299 px: {sets}: compare only with values measured the same way",
             coverage_protocol="Inception features, 3 neighbours for precision and recall, 5 for density and coverage: "
             + sets,
+            unadapted_protocol=f"{self.protocol.lpips_name}: nearer to the mean of {len(self._networks.source)} of the "
+            f"source's pictures than to that of the {len(self._training)} training pictures",
             vendi_protocol=f"effective number of different pictures among {len(pictures)}, by Inception features",
             clip_protocol=f"{self.protocol.clip or 'CLIP'}; CMMD x 10³, biased, sigma 10: {sets}",
             dino_protocol=f"{self.protocol.dino or 'DINOv2'} at {DINO_PX} px, Fréchet distance: {sets}",
@@ -218,6 +236,24 @@ class Evaluator:
         if value is None:
             raise _Unmeasured("no two images share a nearest training picture; generate more, 500 or 1,000 is usual")
         return value
+
+    def _unadapted(self, pictures: Pictures) -> float:
+        way = self._way
+        to_training, _, to_source = pictures.distances
+        rate = way.unadapted_rate(way.left(to_training, to_source.mean(1)))
+        if rate is None:
+            raise _Unmeasured("the source's pictures are too much like the training pictures to tell single ones apart")
+        return rate
+
+    @cached_property
+    def _way(self) -> metrics.Way:
+        if len(self._networks.source) < 2:
+            raise _Unmeasured(NO_SOURCE)
+        if len(self._training) < 2:
+            raise _Unmeasured("one training picture has no spread to tell others from: give more")
+        source = Pictures(self._networks, self._networks.source, "source's pictures")
+        to_source, among_training = self._training.distances[2], self._training.distances[0]
+        return metrics.Way(to_source, among_training, source.distances[2])
 
     @cached_property
     def _threshold(self) -> tuple[float, str, tuple[str, ...]]:

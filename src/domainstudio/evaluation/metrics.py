@@ -1,6 +1,7 @@
 """Metrics as pure functions of features: no networks, no files, no images. Tensors in, numbers out."""
 
 from collections.abc import Iterator
+from statistics import NormalDist
 from typing import Protocol
 
 import torch
@@ -67,25 +68,59 @@ def mean_off_diagonal(table: Tensor) -> float:
     return float((table.sum() - table.trace()) / (len(table) * (len(table) - 1)))
 
 
-def way_left(to_target: Tensor, to_source: Tensor, source_to_target: Tensor, among_target: Tensor) -> float:
-    """What is left of the way from a source to a target, along the line between their mean embeddings.
+def mean_to_others(table: Tensor) -> Tensor:
+    """Mean of each row of a square table without its diagonal, (N, N) -> (N,), N >= 2."""
+    return (table.sum(1) - table.diagonal()) / (len(table) - 1)
 
-    2 (mean(target) - mean(samples)) · (mean(target) - mean(source)), unbiased, out of squared distances: 0 for new
-    samples of the target, twice the squared distance of both means for the source. It sees a small attribute arrive
-    that a distance between two sets of so few samples does not: what samples and source have in common, being drawn of
-    the same noise, cancels.
+
+class Way:
+    """The way from a source to a target domain, along the line between their mean embeddings.
+
+    What is left of it for a picture x is 2 (x - mean(target)) · (mean(source) - mean(target)), out of squared distances
+    to some pictures of both, without those of a picture to itself: unbiased, however few they are. It sees a small
+    attribute arrive that a distance between two sets of so few pictures does not.
 
     Args:
-        to_target: (N, M) squared distances from each sample to each of the target.
-        to_source: (N, N) from each sample to each of the source; sample i and source i share their noise, so their own
-            distance is left out.
-        source_to_target: (N, M).
+        target_to_source: (M, K) squared distances from each picture of the target to each of the source.
         among_target: (M, M), M >= 2.
+        among_source: (K, K), K >= 2.
 
-    Trap: below 0 for copies, which are further along than new samples of the target: they share its accidents.
+    Trap: below 0 for copies, which are further along than new pictures of the target: they share its accidents.
     """
-    to_come = float(to_target.mean()) + float(source_to_target.mean())
-    return to_come - mean_off_diagonal(to_source) - mean_off_diagonal(among_target)
+
+    MISTAKEN = 0.05
+    """Share of known pictures taken for those of the other side, above which no single picture is told."""
+
+    def __init__(self, target_to_source: Tensor, among_target: Tensor, among_source: Tensor):
+        self._ahead = float(target_to_source.mean()) - mean_off_diagonal(among_target)
+        target = mean_to_others(among_target) - target_to_source.mean(1) + self._ahead
+        source = target_to_source.mean(0) - mean_to_others(among_source) + self._ahead
+        self.length = float(source.mean())
+        """What is left for the source: twice the squared distance of both means."""
+        self._spread = float(target.std() + source.std())
+
+    def left(self, to_target: Tensor, to_source: Tensor) -> Tensor:
+        """What is left for each of N pictures, (N,); its mean is 0 for new ones of the target, `length` for the source.
+
+        Args:
+            to_target: (N, M) squared distances.
+            to_source: (N,) the mean one; where a picture and one of the source's share their noise, to the others.
+        """
+        return to_target.mean(1) - to_source + self._ahead
+
+    @property
+    def tells(self) -> bool:
+        """Whether both domains are far enough apart for their spread (normal) that single pictures can be told."""
+        if self.length <= 0 or self._spread == 0:
+            return self.length > 0
+        return NormalDist().cdf(-self.length / self._spread) <= self.MISTAKEN
+
+    def unadapted_rate(self, left: Tensor) -> float | None:
+        """Share (0 to 1) of pictures with more than half of the way left: they look more like the source's.
+
+        None where single pictures cannot be told.
+        """
+        return float((left > self.length / 2).double().mean()) if self.tells else None
 
 
 def gaussian_distance(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:

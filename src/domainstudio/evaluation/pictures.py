@@ -21,7 +21,10 @@ UNASKED = "was not asked for"
 
 
 class Networks:
-    """What the metric networks see; loaded when first needed, on the device of the training pictures."""
+    """What the metric networks see; loaded when first needed, on the device of the training pictures.
+
+    `source` are pictures that all others are compared with, besides the training pictures; by default none.
+    """
 
     def __init__(
         self,
@@ -32,8 +35,10 @@ class Networks:
         clip: str | None = None,
         dino: str | None = None,
         cache: FeatureCache | None = None,
+        source: Tensor | None = None,
     ):
         self.training, self.px, self.progress, self.cache = training, px, progress, cache
+        self.source = training[:0] if source is None else source
         self.backbone: Backbone = backbone
         self.clip_name, self.dino_name = clip, dino
         # Small batches: on a CPU, memory that the allocator keeps is a fifth faster than fresh memory for every map.
@@ -73,6 +78,12 @@ class Networks:
     def training_embeddings(self) -> tuple[Tensor, Tensor]:
         """Of the training pictures and of their mirror images."""
         return self.embeddings(self.training), self.embeddings(self.training.flip(-1))
+
+    @cached_property
+    def landmarks(self) -> Tensor:
+        """Of the training pictures, of their mirror images, and of the source's pictures, in one."""
+        source = [self.embeddings(self.source)] if len(self.source) else []
+        return torch.cat([*self.training_embeddings, *source])
 
     def embeddings(self, images: Tensor) -> Tensor:
         """LPIPS embeddings, (N, D)."""
@@ -115,23 +126,25 @@ class Pictures:
         return digest(self.images), digest(self.networks.training)
 
     @cached_property
-    def distances(self) -> tuple[Tensor, Tensor]:
-        """(N, M) LPIPS to the training pictures, and to the nearer of each and its mirror image."""
-        plain, either = self.networks.kept(f"{self.networks.lpips_name} distances", self.content, self._distances)
-        return plain[self.index], either[self.index]
-
-    def _distances(self) -> Tensor:
+    def distances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """LPIPS to the training pictures (N, M), to the nearer of each and its mirror image (N, M), and to the source's
+        pictures (N, K)."""
         networks = self.networks
-        plain, mirrored, told = [], [], networks.told(f"LPIPS of the {self.title}")
-        targets, mirrors = networks.training_embeddings
+        of = (*self.content, digest(networks.source))
+        table = networks.kept(f"{networks.lpips_name} to landmarks", of, self._to_landmarks)[self.index]
+        training = len(networks.training)
+        plain, mirrored, source = table.split([training, training, len(networks.source)], 1)
+        return plain, torch.minimum(plain, mirrored), source
+
+    def _to_landmarks(self) -> Tensor:
+        networks = self.networks
+        parts, told = [], networks.told(f"LPIPS of the {self.title}")
         for start in range(0, len(self.images), networks.batch_size):
             batch = networks.embeddings(self.images[start : start + networks.batch_size])
-            plain.append(pairwise_lpips(batch, targets).cpu())
-            mirrored.append(pairwise_lpips(batch, mirrors).cpu())
+            parts.append(pairwise_lpips(batch, networks.landmarks).cpu())
             if told:
                 told(start + len(batch), len(self.images))
-        table = torch.cat(plain)
-        return torch.stack([table, torch.minimum(table, torch.cat(mirrored))])
+        return torch.cat(parts)
 
     @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:

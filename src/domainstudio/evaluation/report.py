@@ -21,6 +21,7 @@ _METRICS = {
     "intra_lpips": "Intra-LPIPS",
     "nearest_lpips": "Nearest distance",
     "copy_rate": "Copies",
+    "unadapted_rate": "Unadapted",
     "num_images": "Images",
 }
 _MORE_METRICS = {
@@ -38,6 +39,8 @@ _HOW_TO_READ = {
     "Nearest distance": "The mean LPIPS distance from a picture to its nearest training picture. Near zero: copies.",
     "Copies": "The share of pictures closer to a training picture than almost any real picture is. Real pictures have "
     "a small share too; only what clearly exceeds it, given the number of images, is called copying.",
+    "Unadapted": "The share of pictures that look more like what the source draws than like the training pictures. "
+    "They are unlike all others, so that they raise Intra-LPIPS.",
 }
 _HOW_TO_READ_MORE = (
     "Precision and density: do the pictures look real. Recall and coverage: is everything real among them. Vendi: the "
@@ -162,7 +165,7 @@ def _cell(entry: ReportEntry, name: str, real: ReportEntry | None, reasons: dict
         gap = diversity_gap(entry, real) if entry is not real else None
         return f"{value:.3f}" + (f"<small>{gap:+.3f}</small>".replace("-", "−") if gap is not None else "")
     whole = "{:,.0f}".format
-    formats = {"copy_rate": percent, "num_images": whole} | dict.fromkeys(
+    formats = {"copy_rate": percent, "unadapted_rate": percent, "num_images": whole} | dict.fromkeys(
         ("kid", "fid", "vendi", "cmmd", "fd_dino"), plain
     )
     text = formats.get(name, "{:.3f}".format)(value)

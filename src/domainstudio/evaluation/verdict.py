@@ -13,6 +13,7 @@ from domainstudio.evaluation.entry import (
     plain,
     real_copy_rate,
 )
+from domainstudio.evaluation.watch import MANY_UNADAPTED
 
 Tone = Literal["good", "bad", "neutral"]
 
@@ -64,7 +65,11 @@ def _headline(results: list[ReportEntry], real: ReportEntry | None, source: Repo
 def _headline_of_one(entry: ReportEntry, copies: bool | None) -> str:
     if copies is None:
         return f"{entry.title} was measured, but not for copying."
-    return f"{entry.title} hands back training pictures." if copies else f"{entry.title} does not copy."
+    if copies:
+        return f"{entry.title} hands back training pictures."
+    unadapted = _marked_unadapted(entry)
+    but = f", but {percent(unadapted)} of its pictures still look like the source's" if unadapted else ""
+    return f"{entry.title} does not copy{but}."
 
 
 def _headline_of_last(entry: ReportEntry, copies: bool | None) -> str:
@@ -74,11 +79,14 @@ def _headline_of_last(entry: ReportEntry, copies: bool | None) -> str:
 
 
 def _comparison(eligible: list[ReportEntry], real: ReportEntry | None) -> str:
-    """Who is closest to the real pictures in likeness (KID) and in diversity (the gap of Intra-LPIPS)."""
+    """Who is closest to the real pictures in likeness (KID) and in diversity (the gap of Intra-LPIPS).
+
+    Pictures that are left in the source's domain are unlike the others: who leaves many there cannot win in diversity.
+    """
 
     def gap(entry: ReportEntry) -> float | None:
         signed = diversity_gap(entry, real)
-        return None if signed is None else abs(signed)
+        return None if signed is None or _marked_unadapted(entry) else abs(signed)
 
     alike = _leaders(eligible, lambda entry: entry.number("kid"), lambda best: max(0.05 * best, 0.5))
     varied = _leaders(eligible, gap, lambda _: 0.005)
@@ -126,7 +134,7 @@ def _finding(
         return "bad", text + _than_real(real) + flattered
     parts = [f"KID {plain(kid)}" if kid is not None else "KID not measured", _diversity(entry, real)]
     parts.append(f"{percent(rate)} copies" if rate is not None else "copying not measured")
-    text, remark = f"{entry.title}: {', '.join(parts)}.", _diversity_remark(entry, real)
+    text, remark = f"{entry.title}: {', '.join(parts)}.", _unadapted_remark(entry) or _diversity_remark(entry, real)
     if _is_behind(entry, source):
         return "bad", f"{text}{remark} Its KID is no better than that of the source before training."
     return ("good" if copies is False and not remark else "neutral"), text + remark
@@ -159,6 +167,17 @@ def _diversity_remark(entry: ReportEntry, real: ReportEntry | None) -> str:
     if gap < 0:
         return " Its pictures are clearly less varied than real ones."
     return " Its pictures are more varied than real ones, which often means that it has not arrived in the domain."
+
+
+def _marked_unadapted(entry: ReportEntry) -> float | None:
+    """The share of pictures that still look like the source's, where it is large; of models that were adapted."""
+    rate = entry.number("unadapted_rate")
+    return rate if entry.kind == "result" and rate is not None and rate > MANY_UNADAPTED else None
+
+
+def _unadapted_remark(entry: ReportEntry) -> str:
+    rate = _marked_unadapted(entry)
+    return f" {percent(rate)} of them still look like the source's, which flatters its diversity." if rate else ""
 
 
 def _caveats(results: list[ReportEntry], real: ReportEntry | None) -> list[tuple[Tone, str]]:

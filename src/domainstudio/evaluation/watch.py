@@ -13,7 +13,7 @@ from torch import Tensor
 
 from domainstudio.errors import UserError
 from domainstudio.evaluation import metrics
-from domainstudio.evaluation.metrics import mean_off_diagonal, pairwise_lpips
+from domainstudio.evaluation.metrics import Way, mean_off_diagonal, mean_to_others, pairwise_lpips
 from domainstudio.evaluation.pictures import Networks
 
 MAX_PX = 128
@@ -28,6 +28,8 @@ CROWDED = 0.4
 """Share of the outputs that are nearest to one training picture, above which it is named."""
 ARRIVED = 0.25
 """Style distance above which the style has not arrived."""
+MANY_UNADAPTED = 0.1
+"""Share of pictures that still look like the source's, above which it is told."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Reading:
     image, over the same of each training picture to the others. 1 is right: as far from the ten as each of them from
     the other nine; towards 0 they are copies; far above 1 they are not of the domain.
     `diversity`: mean LPIPS distance between two of them, over that between two training pictures. 1 is right.
-    `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.way_left`):
+    `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.Way`):
     1 before training, 0 for new pictures of the domain, and for copies. Where the source is so near that few pictures
     cannot tell, over a tenth of the mean distance between training pictures.
     `drift`: mean LPIPS distance to what the source drew of the same noise.
     `crowded`: the training pictures, counted from 1, that more than their share of the pictures are nearest to.
+    `unadapted`: the share of them that look more like the source's than like the training pictures; None where these
+    are so much alike that single pictures cannot be told.
     """
 
     step: int
@@ -51,6 +55,7 @@ class Reading:
     style_distance: float
     drift: float
     crowded: tuple[int, ...] = ()
+    unadapted: float | None = None
 
     @property
     def score(self) -> float:
@@ -61,24 +66,25 @@ class Reading:
         """
         return max(self.style_distance, abs(1 - self.closeness))
 
-    def to_json(self) -> dict[str, float | list[int]]:
+    def to_json(self) -> dict[str, float | list[int] | None]:
         """Plain JSON, with the score."""
         return {**asdict(self), "crowded": list(self.crowded), "score": self.score}
 
     def curves(self) -> dict[str, float]:
         """The numbers to draw over the steps, by their titles."""
-        return {
+        curves = {
             "step": self.step,
             "closeness (1 is right)": self.closeness,
             "diversity (1 is right)": self.diversity,
             "style distance": self.style_distance,
             "drift": self.drift,
         }
+        return curves if self.unadapted is None else {**curves, "unadapted": self.unadapted}
 
     @classmethod
     def from_json(cls, record: Mapping) -> "Reading":
-        """What `to_json` gave."""
-        own: dict[str, Any] = {name: record[name] for name in cls.__dataclass_fields__}
+        """What `to_json` gave, now or before `unadapted` was measured."""
+        own: dict[str, Any] = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
         own["crowded"] = tuple(own["crowded"])
         return cls(**own)
 
@@ -107,9 +113,9 @@ class Watch:
         either = torch.minimum(self._among_training, pairwise_lpips(plain, mirrored))
         self._apart = float(either.fill_diagonal_(float("inf")).min(1).values.mean())
         self._source = self._networks.embeddings(source)
-        self._source_to_training = pairwise_lpips(self._source, plain)
-        whole = self._way_left(self._source_to_training, pairwise_lpips(self._source, self._source))
-        self._whole_way = max(whole, LEAST_WAY * mean_off_diagonal(self._among_training))
+        among_source, to_source = pairwise_lpips(self._source, self._source), pairwise_lpips(plain, self._source)
+        self._way = Way(to_source, self._among_training, among_source)
+        self._whole_way = max(self._way.length, LEAST_WAY * mean_off_diagonal(self._among_training))
 
     @torch.inference_mode()
     def read(self, step: int, images: Tensor) -> Reading:
@@ -118,18 +124,17 @@ class Watch:
         among = pairwise_lpips(seen, seen)
         plain, mirrored = (pairwise_lpips(seen, target) for target in self._networks.training_embeddings)
         distances, indices = metrics.nearest(torch.minimum(plain, mirrored))
+        left = self._way.left(plain, mean_to_others(pairwise_lpips(seen, self._source)))
         share = torch.bincount(indices, minlength=len(self._among_training)) / len(images)
         return Reading(
             step,
             closeness=float(distances.mean()) / self._apart,
             diversity=mean_off_diagonal(among) / mean_off_diagonal(self._among_training),
-            style_distance=max(0.0, self._way_left(plain, pairwise_lpips(seen, self._source))) / self._whole_way,
+            style_distance=max(0.0, float(left.mean())) / self._whole_way,
             drift=metrics.drift(seen, self._source),
             crowded=tuple(int(index) + 1 for index in (share > CROWDED).nonzero()),
+            unadapted=self._way.unadapted_rate(left),
         )
-
-    def _way_left(self, to_training: Tensor, to_source: Tensor) -> float:
-        return metrics.way_left(to_training, to_source, self._source_to_training, self._among_training)
 
 
 def choose(readings: Sequence[Reading]) -> Reading | None:
@@ -155,6 +160,11 @@ def tell(readings: Sequence[Reading]) -> str:
     if last.style_distance > ARRIVED:
         left = f"{last.style_distance:.0%} of the way is left at step {last.step}"
         return f"The style has not arrived: {left}; take more (max_train_steps)."
+    if last.unadapted is not None and last.unadapted > MANY_UNADAPTED:
+        return (
+            f"{last.unadapted:.0%} of the pictures still look like the source's at step {last.step}; take more "
+            "(max_train_steps)."
+        )
     return f"No collapse until step {last.step}; step {best.step} is the best."
 
 
