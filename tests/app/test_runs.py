@@ -70,7 +70,7 @@ def test_config_runs_again_to_the_same_weights(name, request, tmp_path):
 
 
 def test_every_step_is_logged_with_its_terms(full_run, plain_run):
-    for run, terms in ((full_run, {"simple", "image", "hf", "hfmse", "colour"}), (plain_run, {"simple"})):
+    for run, terms in ((full_run, {"simple", "image", "hf", "hfmse", "transfer"}), (plain_run, {"simple"})):
         log = metrics(run)
         assert [record["step"] for record in log] == [1, 2, 3, 4]
         assert all(record.keys() == {"step", "loss", "grad_norm"} | terms for record in log)

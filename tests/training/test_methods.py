@@ -23,7 +23,7 @@ def test_every_method_builds_for_every_kind_of_model(models, method, name):
     names = [term.name for term in objective.terms]
     expected = ["simple", *(["vlb"] if name == "pixel_learned" else [])]
     expected += ["image", "hf", "hfmse"] if method in PAIRED else []
-    expected += ["colour"] if method == "studio" else []
+    expected += ["transfer"] if method == "studio" else []
     assert names == expected
     assert (objective.pairing == "none") == (method not in PAIRED)
     adaptation = adapt(model, "full")
@@ -54,7 +54,7 @@ def test_prompts_cannot_be_learned_without_a_text_model(models, name):
         assert build_objective(method, model, with_prior_preservation=False).prior == "none"
 
 
-@pytest.mark.parametrize("setting", [{"centre_pairs": True}, {"high_noise_weight": 0.5}, {"pair_tolerance": 0.1}])
+@pytest.mark.parametrize("setting", [{"centre_pairs": True}, {"high_noise_weight": 0.5}])
 def test_the_released_arithmetic_is_what_it_is(models, setting):
     with pytest.raises(UserError, match=f"domainstudio_released has no {next(iter(setting))}"):
         build_objective("domainstudio_released", models("pixel_epsilon"), **setting)
@@ -81,10 +81,8 @@ def test_settings_reach_the_objective(models, method):
         build_objective(method, models("latent_v"), pairing="none")
 
 
-@pytest.mark.parametrize(
-    ("method", "removed"),
-    [*((method, term) for method in PAIRED for term in ("image", "hf", "hfmse")), ("studio", "colour")],
-)
+@pytest.mark.parametrize("method", PAIRED)
+@pytest.mark.parametrize("removed", ["image", "hf", "hfmse"])
 def test_weight_zero_is_the_term_removed(models, method, removed):
     model = models("pixel_v")
     adaptation = adapt(model, "full")
@@ -127,7 +125,7 @@ def test_colours_have_a_weight_of_their_own_at_high_noise(models, name):
     apart = simple(high_noise_weight=0.05, high_noise_mean_weight=1.0)
     assert low < apart < plain
     assert simple(high_noise_weight=0.05, high_noise_mean_weight=0.05) == low
-    assert simple("studio", colour_weight=0.0) == apart, "the default of studio"
+    assert simple("studio", transfer_weight=0.0) == apart, "the default of studio"
     view = views.training
     of_means = (view.student.output - view.target).double().mean((2, 3)).square().mean(1)
     taken = (1 - level_weight(model.prediction, view.alpha, view.sigma, 0.0)) * of_means
@@ -169,36 +167,35 @@ def test_the_feature_term_teaches_what_comes_before_the_middle_block(models):
     assert not {"up_blocks", "conv_out"} & reached
 
 
-def test_pairs_beyond_the_tolerance_are_let_go(models):
-    model = models("latent_v")
-    adaptation = adapt(model, "full")
-    perturb(adaptation, 0.1)
-    plain_objective, objective = (
-        build_objective("studio", model, colour_weight=0.0, pair_tolerance=tolerance) for tolerance in (None, 0.0005)
-    )
-    views = look_at(model, adaptation, objective)
-    plain, apart = plain_objective(views)[1], objective(views)[1]
-    num, tolerance = len(views.pairs.x0), 0.0005
-    for name in ("image", "hf"):
-        assert plain[name] > tolerance
-        expected = tolerance * num * math.log1p(plain[name].item() / tolerance / num)
-        assert apart[name].item() == pytest.approx(expected, rel=1e-5)
-    assert apart["hfmse"] == plain["hfmse"]
-
-
-@pytest.mark.parametrize("setting", ["feature_weight", "colour_weight"])
+@pytest.mark.parametrize("setting", ["feature_weight", "transfer_weight"])
 @pytest.mark.parametrize("method", ["finetune", "domainstudio_released", "ant"])
-def test_methods_without_a_feature_or_colour_term(models, method, setting):
+def test_methods_without_a_feature_or_transfer_term(models, method, setting):
     with pytest.raises(UserError, match=f"{method} has no {setting}"):
         build_objective(method, models("pixel_epsilon"), **{setting: 1.0})
 
 
-def test_colours_are_given_to_source_samples(models):
+def test_without_transfer_pairs_compare_all_there_is(models):
+    """What its weight of zero removes, besides the term: pairs of the paper's method, with the same settings."""
+    model = models("pixel_v")
+    adaptation = adapt(model, "full")
+    perturb(adaptation, 0.1)
+    objective, without = build_objective("studio", model), build_objective("studio", model, transfer_weight=0.0)
+    paired = build_objective("domainstudio", model, pairing="source_samples", centre_pairs=True)
+    whole, plain, same = (each(look_at(model, adaptation, each))[1] for each in (objective, without, paired))
+    assert set(whole) - set(plain) == {"transfer"}
+    for name in ("image", "hf"):
+        assert plain[name] == same[name] != whole[name]
+    decoded = build_objective("studio", model, space="pixel")
+    views = look_at(model, adaptation, decoded)
+    assert decoded(views)[1]["image"] == paired(views)[1]["image"], "the transfer is of the model's own space"
+
+
+def test_transfer_is_of_source_samples(models):
     model = models("pixel_epsilon")
-    with pytest.raises(UserError, match='colour_weight=3 is of noised source samples; use pairing "source_samples"'):
-        build_objective("domainstudio", model, colour_weight=3.0)
-    assert build_objective("studio", model, pairing="training").colours is None
-    assert build_objective("domainstudio", model, colour_weight=3.0, pairing="source_samples").terms[-1].weight == 3
+    with pytest.raises(UserError, match='transfer_weight=3 is of noised source samples; use pairing "source_samples"'):
+        build_objective("domainstudio", model, transfer_weight=3.0)
+    assert build_objective("studio", model, pairing="training").transfer is None
+    assert build_objective("domainstudio", model, transfer_weight=3.0, pairing="source_samples").terms[-1].weight == 3
 
 
 def test_all_weights_zero_is_finetuning(models):
@@ -244,6 +241,7 @@ def _level_weight(prediction, alpha, sigma, at_high_noise):
 
 def _slow_terms(views, prediction, method):
     """Every term with loops in float64, from what was noised and what the networks said."""
+    transfer, contract = _slow_transfer(views, prediction)
     training, pairs = views.training, views.pairs
     student, source = list(pairs.student_image.detach().double()), list(pairs.source_image.double())
     released, ours = method == "domainstudio_released", method == "studio"
@@ -252,6 +250,7 @@ def _slow_terms(views, prediction, method):
 
     def divergence(one, two):
         if ours:
+            one, two = ([contract(x) for x in side] for side in (one, two))
             one, two = ([x / x.norm() for x in side] for side in (one, two))
             one, two = ([x - sum(side) / len(side) for x in side] for side in (one, two))
         return _kl(_softmaxes(two), _softmaxes(one)) / 6 if released else _kl(_softmaxes(one), _softmaxes(two))
@@ -274,30 +273,36 @@ def _slow_terms(views, prediction, method):
         "image": divergence(student, source),
         "hf": divergence(hf_student, hf_source),
         "hfmse": hfmse,
-        "colour": _slow_colour(views, prediction) if ours else 0.0,
+        "transfer": transfer if ours else 0.0,
     }
 
 
-def _slow_colour(views, prediction):
-    """Directions are eigenvectors of inverse(cov_S) cov_T: those of f cov_T f / f cov_S f's extremes."""
+def _slow_transfer(views, prediction):
+    """The term, and what of a picture varies in the target domain.
+
+    Directions are eigenvectors of inverse(cov_S) cov_T; every place for itself.
+    """
     target, source, x = (
-        rearranged.double().detach().movedim(1, -1).numpy()
+        rearranged.double().detach().flatten(2).movedim(1, -1).numpy()  # picture, place, channel
         for rearranged in (views.training.x0, views.pairs.x0, views.pairs.student.x0)
     )
-    channels = x.shape[-1]
-    colours_t, colours_s = target.reshape(-1, channels), source.reshape(-1, channels)
-    ratios, directions = np.linalg.eig(np.linalg.inv(np.cov(colours_s.T)) @ np.cov(colours_t.T))
+    cov_t, cov_s = (sum(np.cov(part[:, place].T) for place in range(x.shape[1])) / x.shape[1] for part in (target, source))
+    ratios, directions = np.linalg.eig(np.linalg.inv(cov_s) @ cov_t)
     total = 0.0
     for ratio, direction in zip(ratios, directions.T, strict=True):
-        if ratio >= 1:
-            continue
-        mean_t, mean_s = (colours_t @ direction).mean(), (colours_s @ direction).mean()
-        for i in range(len(x)):
-            moved = mean_t + math.sqrt(ratio) * (source[i] @ direction - mean_s)
-            snr = (views.pairs.alpha[i].item() / views.pairs.sigma[i].item()) ** 2
-            weight = min(1.0, snr) if prediction == "epsilon" else 1.0
-            total += weight * (1 - ratio) * ((x[i] @ direction - moved) ** 2).mean() / channels / len(x)
-    return total
+        spread_s = direction @ cov_s @ direction
+        for place in range(x.shape[1]):
+            of_target, of_source = target[:, place] @ direction, source[:, place] @ direction
+            apart = (of_target.mean() - of_source.mean()) ** 2 / spread_s - ratio / len(target) - 1 / len(source)
+            counts = max(0.0, 1 - ratio / (1 + max(0.0, apart)))
+            for i in range(len(x)):
+                moved = of_target.mean() + math.sqrt(min(1.0, ratio)) * (of_source[i] - of_source.mean())
+                snr = (views.pairs.alpha[i].item() / views.pairs.sigma[i].item()) ** 2
+                weight = min(1.0, snr) if prediction == "epsilon" else 1.0
+                total += weight * counts * (x[i, place] @ direction - moved) ** 2 / x.size
+    scale = np.diag(np.sqrt(np.minimum(1, ratios)))
+    kept = torch.from_numpy(np.linalg.inv(directions.T) @ scale @ directions.T)
+    return total, lambda picture: torch.einsum("dc,chw->dhw", kept, picture)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +329,7 @@ def test_the_loss_is_that_of_slow_loops(models, method, name):
     for term in objective.terms:
         assert parts[term.name].item() == pytest.approx(slow[term.name], rel=1e-3, abs=2e-6), term.name
     assert slow["image"] > 1e-5
-    assert (slow["colour"] > 1e-2) == (method == "studio")
+    assert (slow["transfer"] > 1e-2) == (method == "studio")
     assert total.item() == pytest.approx(sum(t.weight * slow[t.name] for t in objective.terms), rel=1e-4)
 
 

@@ -93,9 +93,6 @@ class Recipe(BaseModel):
     )
     pairing: Literal["training", "source_samples"] | None = Field(None, description="which pictures form pairs")
     centre_pairs: bool | None = Field(None, description="compare pairs after taking out the batch's mean picture")
-    pair_tolerance: float | None = Field(
-        None, gt=0, description="divergence of pairs, in nats a picture, from which on they are let go"
-    )
     high_noise_weight: float | None = Field(
         None, ge=0, le=1, description="weight of the denoising error where all is noise; 1 where all is picture"
     )
@@ -123,8 +120,8 @@ class Recipe(BaseModel):
     feature_weight: float | None = Field(
         None, ge=0, description="weight of the pairwise term on features of the networks (DomainGallery's); default: 0"
     )
-    colour_weight: float | None = Field(
-        None, ge=0, description="weight of the term that gives source samples the training pictures' colours"
+    transfer_weight: float | None = Field(
+        None, ge=0, description="weight of the term that moves source samples to where the training pictures lie"
     )
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")

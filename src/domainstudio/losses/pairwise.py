@@ -57,18 +57,6 @@ def pairwise_divergence(
     return total if reduction == "sum" else total / (n * (n - 1))
 
 
-def let_go(divergence: Tensor, num: int, tolerance: float) -> Tensor:
-    """What counts of the divergence of `num` pictures where those of the target domain may relate otherwise; a scalar.
-
-    tolerance num log(1 + divergence / (tolerance num)): the divergence itself where it is far below `tolerance` (nats a
-    picture), and hardly more where it is far above, so that relations that the target domain contradicts are let go.
-
-    Source: Black & Anandan 1996, the Lorentzian robust error, of a divergence for a squared residual.
-    """
-    scale = tolerance * num
-    return scale * torch.log1p(divergence / scale)
-
-
 def _centred(x: Tensor) -> Tensor:
     unit = F.normalize(x.flatten(1), dim=1)
     return unit - unit.mean(0, keepdim=True)

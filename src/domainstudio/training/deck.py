@@ -37,8 +37,9 @@ class Deck:
         return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
 
     def fit(self, objective: Objective, adaptation: Adaptation) -> None:
-        """Fits what an objective has of both to all of both."""
+        """Fits what an objective has of both to all of both; mirror images count where training shows them."""
         assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
-        pictures = self.codec.draw(self.encoded, generator)
+        encoded = torch.cat([self.encoded, self.mirrored]) if self.config.random_flip else self.encoded
+        pictures = self.codec.draw(encoded, generator)
         objective.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)

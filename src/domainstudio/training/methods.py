@@ -12,10 +12,10 @@ from domainstudio.diffusion.schedule import over
 from domainstudio.diffusion.variational import variational_bound
 from domainstudio.diffusion.weighting import level_weight, min_snr_weight, x0_weight
 from domainstudio.errors import UserError
-from domainstudio.losses.colour import ColourTransfer
 from domainstudio.losses.haar import high_frequency
-from domainstudio.losses.pairwise import let_go, pairwise_divergence
+from domainstudio.losses.pairwise import pairwise_divergence
 from domainstudio.losses.reconstruction import high_frequency_error, mean_error, simple_loss
+from domainstudio.losses.transfer import DomainTransfer
 from domainstudio.models.codec import PixelCodec
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training.ant import DomainClassifier
@@ -53,10 +53,9 @@ def domainstudio(
     hf_weight: float = 0.5,
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
-    colour_weight: float = 0.0,
+    transfer_weight: float = 0.0,
     pairing: Pairing = "training",
     centre_pairs: bool = False,
-    pair_tolerance: float | None = None,
     high_noise_weight: float = 1.0,
     high_noise_mean_weight: float | None = None,
     snr_gamma: float | None = None,
@@ -73,36 +72,39 @@ def domainstudio(
     L_hfmse is weighted by min(1, SNR), so that the same weight serves epsilon, v, x0 and flow models.
     `feature_weight` adds the same divergence of what the networks' middle blocks say of the pairs (after DomainGallery,
     NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
-    `colour_weight` holds the student, on noised source samples, to these in the training pictures' colours
-    (`ColourTransfer`), weighted by `x0_weight`.
+    `transfer_weight` holds the student, on noised source samples, to these moved to the target domain (`DomainTransfer`),
+    weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary.
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
-    `pair_tolerance` is the divergence, in nats a picture, from which on relations are let go (`let_go`); None: none is.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     `high_noise_mean_weight` is that of the part which a wrong mean of a channel makes (`mean_error`); None: the same.
     Differs from the released code: docs/deviations.md.
     """
 
-    def divergence(student: Tensor, source: Tensor) -> Tensor:
-        found = pairwise_divergence(student, source, centre=centre_pairs)
-        return found if pair_tolerance is None else let_go(found, len(student), pair_tolerance)
+    text = model.condition is not None
+    space = space or ("pixel" if text else "model")
+    transfer = DomainTransfer() if transfer_weight else None
+    divergence = partial(pairwise_divergence, centre=centre_pairs)
+
+    def of_pictures(student: Tensor, source: Tensor) -> Tensor:
+        if transfer is not None and space == "model":  # what does not vary in the target domain is not to be kept
+            student, source = transfer.contract(student), transfer.contract(source)
+        return divergence(student, source)
 
     terms = (
         *_denoising_terms(model, high_noise_weight, high_noise_mean_weight, snr_gamma),
-        Term("image", image_weight, lambda v: divergence(v.pairs.student_image, v.pairs.source_image)),
-        Term("hf", hf_weight, lambda v: divergence(*_high_frequencies(v.pairs))),
+        Term("image", image_weight, lambda v: of_pictures(v.pairs.student_image, v.pairs.source_image)),
+        Term("hf", hf_weight, lambda v: of_pictures(*_high_frequencies(v.pairs))),
         Term("hfmse", hfmse_weight, _weighted_hfmse),
     )
     if feature_weight:
         terms += (Term("features", feature_weight, lambda v: divergence(*_features(v.pairs))),)
-    colours = ColourTransfer() if colour_weight else None
-    if colours is not None:
+    if transfer is not None:
         if pairing != "source_samples":
             raise UserError(
-                f'colour_weight={colour_weight:g} is of noised source samples; use pairing "source_samples", as method '
-                "studio does, or colour_weight 0"
+                f'transfer_weight={transfer_weight:g} is of noised source samples; use pairing "source_samples", as method '
+                "studio does, or transfer_weight 0"
             )
-        terms += (Term("colour", colour_weight, lambda v: _weighted_colour_error(model, v.pairs, colours)),)
-    text = model.condition is not None
+        terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
         _needs_text(model, "with_prior_preservation")
@@ -111,9 +113,9 @@ def domainstudio(
         terms,
         pairing=pairing,
         prior=prior_target if preserves else "none",
-        space=space or ("pixel" if text else "model"),
+        space=space,
         compares_features=feature_weight > 0,
-        colours=colours,
+        transfer=transfer,
     )
 
 
@@ -122,14 +124,13 @@ ddpm_pa = domainstudio  # arXiv 2211.03264: the unconditional DomainStudio objec
 
 def studio(
     model: DiffusionModel,
-    image_weight: float = 0.01,
-    hf_weight: float = 0.005,
+    image_weight: float | None = None,
+    hf_weight: float | None = None,
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
-    colour_weight: float | None = None,
+    transfer_weight: float | None = None,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
-    pair_tolerance: float | None = None,
     high_noise_weight: float | None = None,
     high_noise_mean_weight: float | None = None,
     snr_gamma: float | None = None,
@@ -139,30 +140,34 @@ def studio(
     prior_target: PriorTarget = "source",
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise, 0.05,
-    but for the means of channels, 1: colours come at once, composition slowly. Source samples are recoloured, too
-    (`colour_weight`). Text-to-image models: 0.1 for both, and 0.
+    but for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
+    training pictures lie (`transfer_weight`, 10). Text-to-image models: pairs of a tenth of the weight, 0.1 for both
+    kinds of noise, and 0.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
     less, and its own less, too. docs/decisions.md says why these are the defaults.
     """
     is_text = model.condition is not None
+    if image_weight is None:
+        image_weight = 0.01 if is_text else 0.1
+    if hf_weight is None:
+        hf_weight = 0.005 if is_text else 0.05
     if high_noise_weight is None:
         high_noise_weight = 0.1 if is_text else 0.05
     if high_noise_mean_weight is None and not is_text:
         high_noise_mean_weight = 1.0
-    if colour_weight is None:
-        colour_weight = 10.0 if not is_text and pairing == "source_samples" else 0.0
+    if transfer_weight is None:
+        transfer_weight = 10.0 if not is_text and pairing == "source_samples" else 0.0
     return domainstudio(
         model,
         image_weight=image_weight,
         hf_weight=hf_weight,
         hfmse_weight=hfmse_weight,
         feature_weight=feature_weight,
-        colour_weight=colour_weight,
+        transfer_weight=transfer_weight,
         pairing=pairing,
         centre_pairs=centre_pairs,
-        pair_tolerance=pair_tolerance,
         high_noise_weight=high_noise_weight,
         high_noise_mean_weight=high_noise_mean_weight,
         snr_gamma=snr_gamma,
@@ -346,9 +351,9 @@ def _features(view: View) -> tuple[Tensor, Tensor]:
     return view.student.features.to(view.x0), view.source.features.to(view.x0)
 
 
-def _weighted_colour_error(model: DiffusionModel, view: View, colours: ColourTransfer) -> Tensor:
+def _weighted_transfer_error(model: DiffusionModel, view: View, transfer: DomainTransfer) -> Tensor:
     weight = x0_weight(model.prediction, view.alpha, view.sigma)
-    return (weight * colours.error(view.student.x0, view.x0)).mean()
+    return (weight * transfer.error(view.student.x0, view.x0)).mean()
 
 
 def _weighted_hfmse(views: Views) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from domainstudio.diffusion.prediction import target, to_noise
 from domainstudio.diffusion.schedule import add_noise
-from domainstudio.losses.colour import ColourTransfer
+from domainstudio.losses.transfer import DomainTransfer
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel, Estimate, middle_block
 from domainstudio.training.ant import DomainClassifier, hardest_noise
@@ -128,7 +128,7 @@ class Objective:
     adversarial_steps: int = 0
     """Of gradient ascent in which the training pictures' noise becomes harder to take away (`hardest_noise`)."""
     classifier: DomainClassifier | None = None
-    colours: ColourTransfer | None = None
+    transfer: DomainTransfer | None = None
     """These two are fitted before the first step to training pictures and source samples."""
 
     @property
@@ -149,14 +149,14 @@ class Objective:
     @property
     def needs_fitting(self) -> bool:
         """Whether a term knows both domains from before the first step."""
-        return self.classifier is not None or self.colours is not None
+        return self.classifier is not None or self.transfer is not None
 
     def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
         """To all training pictures and source samples, each (N, C, h, w) in model space."""
         if self.classifier is not None:
             self.classifier.fit(adaptation, pictures, samples, generator)
-        if self.colours is not None:
-            self.colours.fit(pictures, samples)
+        if self.transfer is not None:
+            self.transfer.fit(pictures, samples)
 
     @property
     def samples_each_step(self) -> bool:

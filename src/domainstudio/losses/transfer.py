@@ -1,0 +1,79 @@
+"""Domain transfer: the source's pictures are to be drawn where the pictures of the target domain lie."""
+
+import torch
+from torch import Tensor
+
+SMALLEST_VARIANCE = 1e-6
+"""Of the largest of the source's: what varies less does not vary."""
+
+
+class DomainTransfer:
+    """How pictures of one domain are moved to another, as far as ten pictures say where that is.
+
+    Means m_T and m_S are pictures: of each channel at each place. In the directions f_k of channel space (length 1)
+    that diagonalise both domains' covariances about their means, pooled over places, the target's variance is r_k of
+    the source's. A picture x becomes m_T + sqrt(min(1, r_k)) (f_k·x - m_S) in direction k at each place, and that counts
+
+        w_k = max(0, 1 - E_T (f_k·x - m_T)² / E_S (f_k·x - m_T)²) = max(0, 1 - r_k / (1 + d_k))
+
+    there, with d_k the squared distance of the means over the source's variance: nothing where the source's pictures
+    lie about the target's mean as its own do, and all where they are far from it or its own agree (grey: in all that is
+    colour). What a picture shows beyond its domain's mean stays its own.
+
+    Source: the linear colour transfer of Reinhard et al. 2001, along directions chosen from both covariances, with a
+    mean for each place.
+    """
+
+    def __init__(self):
+        self.directions: Tensor | None = None
+        self.ratio = self.weight = self.target_mean = self.source_mean = self._contraction = torch.zeros(0)
+
+    def fit(self, target: Tensor, source: Tensor) -> None:
+        """Finds directions, means and weights of both domains' pictures, (N, C, h, w) and (M, C, h, w), M >= 2.
+
+        One picture of the target has no spread: it is taken to vary as the source does.
+        """
+        (mean_t, covariance_t), (mean_s, covariance_s) = _moments(target), _moments(source)
+        if len(target) == 1:
+            covariance_t = covariance_s
+        variance, axes = torch.linalg.eigh(covariance_s)
+        whiten = axes * variance.clamp(min=max(SMALLEST_VARIANCE * variance.max().item(), 1e-12)).rsqrt()
+        ratio, rotation = torch.linalg.eigh(whiten.T @ covariance_t @ whiten)
+        whiten, ratio = whiten @ rotation, ratio.clamp(min=0)
+        apart = ((mean_t - mean_s) @ whiten).square() - ratio / len(target) - 1 / len(source)  # unbiased
+        weight = 1 - ratio / (1 + apart.clamp(min=0))
+        directions = torch.nn.functional.normalize(whiten, dim=0)
+        self.directions, self.ratio = directions.to(target), ratio.to(target)
+        self.weight = weight.clamp(min=0).to(target)
+        self.target_mean, self.source_mean = (mean_t @ directions).to(target), (mean_s @ directions).to(target)
+        spread = ratio.clamp(max=1).sqrt()
+        self._contraction = ((whiten * spread) @ torch.linalg.inv(whiten)).to(target)
+
+    def contract(self, pictures: Tensor) -> Tensor:
+        """What of (B, C, h, w) the target domain lets vary: direction k times sqrt(min(1, r_k)), whatever their mean."""
+        assert self.directions is not None, "fit it first"
+        return (_places(pictures) @ self._contraction).mT.unflatten(2, pictures.shape[2:])
+
+    def error(self, x: Tensor, picture: Tensor) -> Tensor:
+        """How far x is from the moved picture; both (B, C, h, w) -> (B,).
+
+        Mean over places of sum over k of w_k (f_k·x - moved f_k·picture)² / C.
+        """
+        assert self.directions is not None, "fit it first"
+        own = _places(picture) @ self.directions - self.source_mean
+        moved = self.target_mean + self.ratio.clamp(max=1).sqrt() * own
+        wrong = (_places(x) @ self.directions - moved).square() * self.weight
+        return wrong.sum(2).mean(1) / x.shape[1]
+
+
+def _places(pictures: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, h w, C)."""
+    return pictures.flatten(2).mT
+
+
+def _moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (h w, C), and covariance (C, C) about it, unbiased and pooled over places, in double precision."""
+    places = _places(pictures).double()
+    mean = places.mean(0)
+    apart = (places - mean).flatten(0, 1)
+    return mean, apart.T @ apart / (max(len(places) - 1, 1) * len(mean))
