@@ -141,7 +141,7 @@ def studio(
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise, 0.05,
     but for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
-    training pictures lie (`transfer_weight`, 10). Text-to-image models: pairs of a tenth of the weight, 0.1 for both
+    training pictures lie (`transfer_weight`, 10). Text-to-image models: pairs of a twentieth of the weight, 0.1 for both
     kinds of noise, and 0.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
@@ -150,9 +150,9 @@ def studio(
     """
     is_text = model.condition is not None
     if image_weight is None:
-        image_weight = 0.01 if is_text else 0.1
+        image_weight = 0.01 if is_text else 0.2
     if hf_weight is None:
-        hf_weight = 0.005 if is_text else 0.05
+        hf_weight = 0.005 if is_text else 0.1
     if high_noise_weight is None:
         high_noise_weight = 0.1 if is_text else 0.05
     if high_noise_mean_weight is None and not is_text:
