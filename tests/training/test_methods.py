@@ -286,7 +286,7 @@ def _slow_transfer(views, prediction):
         rearranged.double().detach().flatten(2).movedim(1, -1).numpy()  # picture, place, channel
         for rearranged in (views.training.x0, views.pairs.x0, views.pairs.student.x0)
     )
-    cov_t, cov_s = (sum(np.cov(part[:, place].T) for place in range(x.shape[1])) / x.shape[1] for part in (target, source))
+    cov_t, cov_s = (sum(np.cov(at.T) for at in part.swapaxes(0, 1)) / x.shape[1] for part in (target, source))
     ratios, directions = np.linalg.eig(np.linalg.inv(cov_s) @ cov_t)
     total = 0.0
     for ratio, direction in zip(ratios, directions.T, strict=True):

@@ -12,11 +12,11 @@ class DomainTransfer:
 
     Means m_T and m_S are pictures: of each channel at each place. In the directions f_k of channel space (length 1)
     that diagonalise both domains' covariances about their means, pooled over places, the target's variance is r_k of
-    the source's. A picture x becomes m_T + sqrt(min(1, r_k)) (f_k·x - m_S) in direction k at each place, and that counts
+    the source's. In direction k, at each place, a picture x becomes m_T + sqrt(min(1, r_k)) (f_k·x - m_S), which counts
 
-        w_k = max(0, 1 - E_T (f_k·x - m_T)² / E_S (f_k·x - m_T)²) = max(0, 1 - r_k / (1 + d_k))
+        w_k = max(0, 1 - E_T (f_k·x - m_T)² / E_S (f_k·x - m_T)²) = max(0, 1 - r_k / (1 + d_k)),
 
-    there, with d_k the squared distance of the means over the source's variance: nothing where the source's pictures
+    with d_k the squared distance of the means over the source's variance: nothing where the source's pictures
     lie about the target's mean as its own do, and all where they are far from it or its own agree (grey: in all that is
     colour). What a picture shows beyond its domain's mean stays its own.
 
@@ -50,7 +50,7 @@ class DomainTransfer:
         self._contraction = ((whiten * spread) @ torch.linalg.inv(whiten)).to(target)
 
     def contract(self, pictures: Tensor) -> Tensor:
-        """What of (B, C, h, w) the target domain lets vary: direction k times sqrt(min(1, r_k)), whatever their mean."""
+        """What of (B, C, h, w) the target domain lets vary: direction k times sqrt(min(1, r_k)), about 0."""
         assert self.directions is not None, "fit it first"
         return (_places(pictures) @ self._contraction).mT.unflatten(2, pictures.shape[2:])
 

@@ -72,7 +72,7 @@ def domainstudio(
     L_hfmse is weighted by min(1, SNR), so that the same weight serves epsilon, v, x0 and flow models.
     `feature_weight` adds the same divergence of what the networks' middle blocks say of the pairs (after DomainGallery,
     NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
-    `transfer_weight` holds the student, on noised source samples, to these moved to the target domain (`DomainTransfer`),
+    `transfer_weight` holds the student, on noised source samples, to these moved to the target (`DomainTransfer`),
     weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary.
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
@@ -101,8 +101,8 @@ def domainstudio(
     if transfer is not None:
         if pairing != "source_samples":
             raise UserError(
-                f'transfer_weight={transfer_weight:g} is of noised source samples; use pairing "source_samples", as method '
-                "studio does, or transfer_weight 0"
+                f'transfer_weight={transfer_weight:g} is of noised source samples; use pairing "source_samples", as '
+                "method studio does, or transfer_weight 0"
             )
         terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
     preserves = text if with_prior_preservation is None else with_prior_preservation
@@ -141,8 +141,8 @@ def studio(
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise, 0.05,
     but for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
-    training pictures lie (`transfer_weight`, 10). Text-to-image models: pairs of a twentieth of the weight, 0.1 for both
-    kinds of noise, and 0.
+    training pictures lie (`transfer_weight`, 10), and pairs weigh 0.2 and 0.1. Text-to-image models: 0.1 for both, 0,
+    and pairs of 0.01 and 0.005.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
