@@ -2,7 +2,7 @@
 
 Every run trains with fixed seeds and is measured at several steps with its averaged weights: held-out KID, Intra-LPIPS,
 copies, pictures that still look like the source's; and read by the watch, which sees fewer pictures and none of those
-held out (benchmarks/watch.py says how well it chooses). Anchors: the un-adapted source, a pure copier, the real pictures
+held out (benchmarks/watch.py says how well it chooses). Anchors: the un-adapted source, a pure copier, and the pictures
 held out. One JSON object a measurement is appended to docs/benchmarks/fewshot.jsonl; what is there already is not
 measured again, so several processes may share the work (`--domains ink`, `--seeds 1`, ...).
 """
