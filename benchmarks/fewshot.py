@@ -197,7 +197,7 @@ def honest(steps: dict[int, list[Row]], real_rate: float) -> list[tuple[int, lis
 
 
 def unadapted_of(rows: list[Row]) -> str:
-    """Of the seeds of which it was measured; rows from before it was, and domains where it cannot be told, have none."""
+    """Of the seeds where it is known: not of rows from before it was measured, and where it cannot be told."""
     known = [row for row in rows if row.get("unadapted_rate") is not None]
     return f"{spread(known, 'unadapted_rate', 1, 100)} %" if known else "–"
 
@@ -260,9 +260,8 @@ def comparison(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
         )
         kid, gap = found[name]
         reached = f"{first(kid, math.inf)} | {first(kid, gap)}"
-        lines.append(
-            f"| `{name}` | {step} | {len(group)} | {numbers} % | {unadapted_of(group)} | {seconds_of(group)} | {reached} |"
-        )
+        numbers += f" % | {unadapted_of(group)}"
+        lines.append(f"| `{name}` | {step} | {len(group)} | {numbers} | {seconds_of(group)} | {reached} |")
     (kid, gap), others = found[DEFAULT], [found[name] for name in METHODS[1:] if name in found]
     ahead = {
         "KID": all(kid < theirs for theirs, _ in others),
