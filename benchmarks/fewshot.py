@@ -317,11 +317,11 @@ def plan(others: str, own: str) -> list[str]:
 
 FAR, NEAR = "100,150,200,300,400,500", "50,75,100,150"
 PLAN = {
-    "ink": plan(FAR, "200,300,400,500"),
-    "sunglasses": plan(NEAR, "75,100,125,150,175"),
-    "watercolour": plan(NEAR, "50,75,100,150"),
-    "grey": plan(NEAR, "50,75,100,150"),
-    "smiles": plan(FAR, "200,300,400,500"),
+    "ink": plan(FAR, "150,200,300"),
+    "sunglasses": plan(NEAR, "50,75,100,125"),
+    "watercolour": plan(NEAR, "50,75,100,125"),
+    "grey": plan(NEAR, "50,75,100"),
+    "smiles": plan(FAR, "200,300"),
 }
 """What is measured where. An entry is a run of its own. Near styles take a fifth of the steps of other anatomies."""
 

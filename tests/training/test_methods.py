@@ -121,10 +121,10 @@ def test_colours_have_a_weight_of_their_own_at_high_noise(models, name):
     def simple(method="domainstudio", **given):
         return build_objective(method, model, **given)(views)[1]["simple"].item()
 
-    plain, low = simple(), simple(high_noise_weight=0.05)
-    apart = simple(high_noise_weight=0.05, high_noise_mean_weight=1.0)
+    plain, low = simple(), simple(high_noise_weight=0.2)
+    apart = simple(high_noise_weight=0.2, high_noise_mean_weight=1.0)
     assert low < apart < plain
-    assert simple(high_noise_weight=0.05, high_noise_mean_weight=0.05) == low
+    assert simple(high_noise_weight=0.2, high_noise_mean_weight=0.2) == low
     assert simple("studio", transfer_weight=0.0) == apart, "the default of studio"
     view = views.training
     of_means = (view.student.output - view.target).double().mean((2, 3)).square().mean(1)
@@ -264,7 +264,7 @@ def _slow_terms(views, prediction, method):
     for i, error in enumerate(training.student.output.detach().double() - training.target.double()):
         means = error.mean((1, 2), keepdim=True)
         level = prediction, training.alpha[i].item(), training.sigma[i].item()
-        form, colour = (_level_weight(*level, weight) if ours else 1.0 for weight in (0.05, 1.0))
+        form, colour = (_level_weight(*level, weight) if ours else 1.0 for weight in (0.2, 1.0))
         squared = form * (error - means).square() + colour * means.square()
         simple += squared.mean().item() / len(training.t)
     hf_student, hf_source = [_hf(x) for x in student], [_hf(x) for x in source]

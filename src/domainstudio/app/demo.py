@@ -28,7 +28,7 @@ class Demo:
     captions: tuple[str, ...] = ()
 
 
-PICTURES = Demo({"finetune": 400, "studio": 400}, "bundled:ink", Path("demo"))
+PICTURES = Demo({"finetune": 400, "studio": 300}, "bundled:ink", Path("demo"))
 TEXT = Demo(
     {"dreambooth": 100, "studio": 300},
     "bundled:watercolour",

@@ -64,7 +64,7 @@ class Recipe(BaseModel):
     lora_layers: LoraLayers | None = Field(
         None, description="layers with an adapter; default: attention (text models), all (others)"
     )
-    max_train_steps: int = Field(150, ge=1, description="optimiser steps: 150 for a near style, 400 for a far one")
+    max_train_steps: int = Field(150, ge=1, description="optimiser steps: 150 for a near style, 300 for a far one")
     train_batch_size: int = Field(10, ge=1, description="training pictures a step, in all processes together")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step; pairs are formed within each")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")

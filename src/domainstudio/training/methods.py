@@ -139,10 +139,10 @@ def studio(
     prior_loss_weight: float = 1.0,
     prior_target: PriorTarget = "source",
 ) -> Objective:
-    """Our default: the paper's terms on centred pairs of noised source samples, and little weight on high noise, 0.05,
-    but for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
-    training pictures lie (`transfer_weight`, 10), and pairs weigh 0.2 and 0.1. Text-to-image models: 0.1 for both, 0,
-    and pairs of 0.01 and 0.005.
+    """Our default: the paper's terms on centred pairs of noised source samples, and less weight on high noise, 0.2, but
+    for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
+    training pictures lie (`transfer_weight`, 10). Text-to-image models: 0.1 for both, 0, and pairs of a tenth of the
+    weight.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
@@ -150,11 +150,11 @@ def studio(
     """
     is_text = model.condition is not None
     if image_weight is None:
-        image_weight = 0.01 if is_text else 0.2
+        image_weight = 0.01 if is_text else 0.1
     if hf_weight is None:
-        hf_weight = 0.005 if is_text else 0.1
+        hf_weight = 0.005 if is_text else 0.05
     if high_noise_weight is None:
-        high_noise_weight = 0.1 if is_text else 0.05
+        high_noise_weight = 0.1 if is_text else 0.2
     if high_noise_mean_weight is None and not is_text:
         high_noise_mean_weight = 1.0
     if transfer_weight is None:
