@@ -93,11 +93,11 @@ class Evaluator:
     Args:
         training: (N, 3, H, W) in [-1, 1], the few pictures trained on; the networks run on its device.
         reference: (M, 3, H, W) in [-1, 1], held-out pictures of the same domain; None leaves KID and FID out.
-        source: (K, 3, H, W) in [-1, 1], K >= 2, what the source model draws before it is adapted; the first
-            `NUM_SOURCE` are looked at. None leaves out how many pictures still look like these.
         protocol: how to measure.
         progress: told (stage, done, total).
         cache: keeps what the networks saw for later evaluators, on disk.
+        source: (K, 3, H, W) in [-1, 1], K >= 2, what the source model draws before it is adapted; the first
+            `NUM_SOURCE` are looked at. None leaves out how many pictures still look like these.
 
     Raises:
         UserError: if the pictures are not of that shape and range. Missing weights are no error: the numbers that

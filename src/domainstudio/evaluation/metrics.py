@@ -63,14 +63,14 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def mean_off_diagonal(table: Tensor) -> float:
-    """Mean of a square table without its diagonal: over pairs of two different things, (N, N) -> a number, N >= 2."""
-    return float((table.sum() - table.trace()) / (len(table) * (len(table) - 1)))
-
-
 def mean_to_others(table: Tensor) -> Tensor:
     """Mean of each row of a square table without its diagonal, (N, N) -> (N,), N >= 2."""
     return (table.sum(1) - table.diagonal()) / (len(table) - 1)
+
+
+def mean_off_diagonal(table: Tensor) -> float:
+    """Mean of a square table without its diagonal: over pairs of two different things, (N, N) -> a number, N >= 2."""
+    return float(mean_to_others(table).mean())
 
 
 class Way:
@@ -111,9 +111,8 @@ class Way:
     @property
     def tells(self) -> bool:
         """Whether both domains are far enough apart for their spread (normal) that single pictures can be told."""
-        if self.length <= 0 or self._spread == 0:
-            return self.length > 0
-        return NormalDist().cdf(-self.length / self._spread) <= self.MISTAKEN
+        least = NormalDist().inv_cdf(1 - self.MISTAKEN) * self._spread
+        return 0 < self.length >= least
 
     def unadapted_rate(self, left: Tensor) -> float | None:
         """Share (0 to 1) of pictures with more than half of the way left: they look more like the source's.

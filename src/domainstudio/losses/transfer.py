@@ -26,7 +26,8 @@ class DomainTransfer:
 
     def __init__(self):
         self.directions: Tensor | None = None
-        self.ratio = self.weight = self.target_mean = self.source_mean = self._contraction = torch.zeros(0)
+        self.ratio = self.weight = self.target_mean = self.source_mean = torch.zeros(0)
+        self._spread = self._contraction = torch.zeros(0)
 
     def fit(self, target: Tensor, source: Tensor) -> None:
         """Finds directions, means and weights of both domains' pictures, (N, C, h, w) and (M, C, h, w), M >= 2.
@@ -47,6 +48,7 @@ class DomainTransfer:
         self.weight = weight.clamp(min=0).to(target)
         self.target_mean, self.source_mean = (mean_t @ directions).to(target), (mean_s @ directions).to(target)
         spread = ratio.clamp(max=1).sqrt()
+        self._spread = spread.to(target)
         self._contraction = ((whiten * spread) @ torch.linalg.inv(whiten)).to(target)
 
     def contract(self, pictures: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class DomainTransfer:
         """
         assert self.directions is not None, "fit it first"
         own = _places(picture) @ self.directions - self.source_mean
-        moved = self.target_mean + self.ratio.clamp(max=1).sqrt() * own
+        moved = self.target_mean + self._spread * own
         wrong = (_places(x) @ self.directions - moved).square() * self.weight
         return wrong.sum(2).mean(1) / x.shape[1]
 
