@@ -30,7 +30,7 @@ from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
 from domainstudio.evaluation.evaluate import NUM_SOURCE, Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
-from domainstudio.evaluation.watch import Watch
+from domainstudio.evaluation.watch import MANY_UNADAPTED, Watch
 from domainstudio.models.sample import decode, sample, through_codec
 from domainstudio.training.train import StepEvent
 
@@ -196,10 +196,19 @@ def honest(steps: dict[int, list[Row]], real_rate: float) -> list[tuple[int, lis
     return [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
 
 
+def counted(rows: list[Row]) -> list[Row]:
+    """Those whose un-adapted pictures are known: not from before they were measured, and where they can be told."""
+    return [row for row in rows if row.get("unadapted_rate") is not None]
+
+
 def unadapted_of(rows: list[Row]) -> str:
-    """Of the seeds where it is known: not of rows from before it was measured, and where it cannot be told."""
-    known = [row for row in rows if row.get("unadapted_rate") is not None]
+    known = counted(rows)
     return f"{spread(known, 'unadapted_rate', 1, 100)} %" if known else "–"
+
+
+def leaves_many(rows: list[Row]) -> bool:
+    known = counted(rows)
+    return bool(known) and mean_of(known, "unadapted_rate") > MANY_UNADAPTED
 
 
 def wanted(row: Row, real: Row, source: Row) -> float:
@@ -269,7 +278,11 @@ def comparison(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
         "both, at one of its honest checkpoints": all(first(*theirs) != "–" for theirs in others),
     }
     said = ", ".join(f"{what}: {'yes' if is_ahead else 'NO'}" for what, is_ahead in ahead.items())
-    return [*lines, f"\n`{DEFAULT}` ahead of each other method ({', '.join(METHODS[1:])}): {said}."], ahead
+    lines.append(f"\n`{DEFAULT}` ahead of each other method ({', '.join(METHODS[1:])}): {said}.")
+    flattered = [f"`{name}` ({unadapted_of(group)})" for name, (_, group) in best.items() if leaves_many(group)]
+    if flattered:
+        lines.append(f"\nFlattered by pictures that have not left the source: {', '.join(flattered)}.")
+    return lines, ahead
 
 
 def tables(results: list[Row]) -> str:
