@@ -206,6 +206,11 @@ def unadapted_of(rows: list[Row]) -> str:
     return f"{spread(known, 'unadapted_rate', 1, 100)} %" if known else "–"
 
 
+def shares_and_seconds(rows: list[Row]) -> list[str]:
+    """Cells: copies, un-adapted pictures, training seconds."""
+    return [f"{spread(rows, 'copy_rate', 1, 100)} %", unadapted_of(rows), seconds_of(rows)]
+
+
 def leaves_many(rows: list[Row]) -> bool:
     known = counted(rows)
     return bool(known) and mean_of(known, "unadapted_rate") > MANY_UNADAPTED
@@ -265,11 +270,8 @@ def comparison(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
     found = {name: standing(group) for name, (_, group) in best.items()}
     for name, (step, group) in best.items():
         kid, gap = found[name]
-        cells = (
-            *(f"`{name}`", str(step), str(len(group)), spread(group, "kid", 1), spread(gaps_of(group), "gap", 3)),
-            *(f"{spread(group, 'copy_rate', 1, 100)} %", unadapted_of(group), seconds_of(group)),
-            *(first(kid, math.inf), first(kid, gap)),
-        )
+        cells = [f"`{name}`", str(step), str(len(group)), spread(group, "kid", 1), spread(gaps_of(group), "gap", 3)]
+        cells += [*shares_and_seconds(group), first(kid, math.inf), first(kid, gap)]
         lines.append(f"| {' | '.join(cells)} |")
     (kid, gap), others = found[DEFAULT], [found[name] for name in METHODS[1:] if name in found]
     ahead = {
@@ -299,9 +301,9 @@ def tables(results: list[Row]) -> str:
         for name in sorted(dict.fromkeys(row["name"] for row in rows), key=lambda name: (name not in ANCHORS, name)):
             for step, group in by_step(rows, name).items():
                 numbers = (("kid", 1), ("fid", 0), ("intra_lpips", 3), ("nearest_lpips", 3))
-                cells = [spread(group, key, digits) for key, digits in numbers]
-                cells += [f"{spread(group, 'copy_rate', 1, 100)} %", unadapted_of(group)]
-                lines.append(f"| {name} | {step or '–'} | {len(group)} | {' | '.join(cells)} | {seconds_of(group)} |")
+                cells = [name, str(step or "–"), str(len(group))]
+                cells += [*(spread(group, key, digits) for key, digits in numbers), *shares_and_seconds(group)]
+                lines.append(f"| {' | '.join(cells)} |")
         told, ahead = comparison(rows)
         lines += ["", *told]
         for what, is_ahead in ahead.items():

@@ -23,7 +23,7 @@ LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
 def launched(*argv: object) -> subprocess.CompletedProcess:
     """A command on two processes; continued, with a warning that says where, if native code in one of them crashed.
 
-    Seen once in some hundred runs, while parts of tensors were gathered; nothing in Python can cause it.
+    Seen once in some hundred runs, while parts of tensors were gathered, and not reproduced; a second crash fails.
     """
     result = _launched(*argv)
     if "Signal 11 (SIGSEGV)" in result.stderr:
