@@ -18,9 +18,9 @@ def uncorrelated(channels):
     return source.mean(0) + (whitened * apart.numel() ** 0.5).movedim(-1, 1)
 
 
-def fitted(target, source):
+def fitted(target, source, views=None):
     transfer = DomainTransfer()
-    transfer.fit(target, source)
+    transfer.fit(target.unsqueeze(1) if views is None else torch.stack(views, 1), source)
     return transfer
 
 
@@ -29,7 +29,7 @@ def test_pictures_of_a_domain_with_less_spread_about_another_mean_are_matched():
     source = uncorrelated(3)
     spread, mean = torch.tensor([0.1, 0.5, 0.9]).view(-1, 1, 1), torch.tensor([5.0, -9, 0]).view(-1, 1, 1)
     transfer = fitted(source * spread + mean, source)
-    assert transfer.error(source * spread + mean, source).max() < 1e-10
+    assert transfer.error(source * spread + mean, source).max() < 1e-6
     # A channel that is 2 too high in all places, of three: weighted by 1 - r / (1 + d).
     high = source * spread + mean
     high[:, 0] += 2
@@ -110,12 +110,50 @@ def test_one_picture_is_taken_to_vary_as_the_source_does():
     assert fitted(source[:1] * 0, source).weight.mean() < 0.05 < transfer.weight.mean()
 
 
+def test_what_ten_pictures_agree_on_by_accident_is_not_asked_for():
+    """Of the source's own domain, alike at neighbouring places: in some direction any ten vary a fifth as much."""
+
+    def smooth(num, seed):
+        noise = drawn(num, channels=16, seed=seed)
+        return noise[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3) + 0.1 * noise
+
+    source, own, said, weights = smooth(200, 0), [], [], []
+    for seed in range(1, 6):
+        target = smooth(10, seed)
+        transfer = fitted(target, source)
+        variance = ((target - target.mean(0)).movedim(1, -1) @ transfer.directions).square().mean((0, 1, 2)) * 10 / 9
+        own.append(variance.min().item())
+        said.append(transfer.ratio[0].item())
+        weights.append(transfer.weight.mean().item())
+    assert max(own) < 0.25
+    assert sum(said) / 5 > 0.8
+    assert max(weights) < 0.25, "with their own variances 0.3"
+
+
+def test_a_mirror_image_is_no_other_picture():
+    """Both views of a picture are left out together, so what is shown twice says what it says once."""
+    source, target = drawn(), drawn(10, scale=[1.0, 0.2, 3, 0.5], seed=1)
+    once, twice = fitted(target, source), fitted(target, source, [target, target])
+    torch.testing.assert_close(twice.ratio, once.ratio)
+    torch.testing.assert_close(twice.weight, once.weight)
+    mirrored = fitted(target, source, [target, target.flip(-1)])
+    torch.testing.assert_close(mirrored.target_mean.view(8, 8, 4).flip(1), mirrored.target_mean.view(8, 8, 4))
+
+
+def test_more_than_ten_pictures_are_left_out_in_ten_parts():
+    source, target = drawn(num=200), drawn(23, scale=[1.0, 0.2, 3, 0.5], seed=1)
+    torch.testing.assert_close(
+        fitted(target, source).ratio, torch.tensor([0.04, 0.25, 1.0, 9]).double(), rtol=0.15, atol=0
+    )
+
+
 def test_a_contraction_leaves_what_the_target_lets_vary():
     """Three uncorrelated channels, of which the target has a tenth, half, and twice the spread."""
     source = uncorrelated(3)
     transfer = fitted(source * torch.tensor([0.1, 0.5, 2]).view(-1, 1, 1) + 7, source)
     kept = transfer.contract(source)
-    torch.testing.assert_close(kept, source * torch.tensor([0.1, 0.5, 1]).double().view(-1, 1, 1))
+    expected = source * torch.tensor([0.1, 0.5, 1]).double().view(-1, 1, 1)
+    torch.testing.assert_close(kept, expected, rtol=2e-3, atol=0)
     grey = source.mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous()
     narrow = fitted(grey, source).contract(source)
     torch.testing.assert_close(narrow, narrow.mean(1, keepdim=True).expand_as(narrow), rtol=0, atol=1e-3)

@@ -278,17 +278,34 @@ def _slow_terms(views, prediction, method):
     }
 
 
+def _pooled(pictures):
+    """Covariance of channels, mean over places."""
+    return sum(np.cov(at.T) for at in pictures.swapaxes(0, 1)) / pictures.shape[1]
+
+
 def _slow_transfer(views, prediction):
     """The term, and what of a picture varies in the target domain.
 
-    Directions are eigenvectors of inverse(cov_S) cov_T; every place for itself.
+    Directions are eigenvectors of inverse(cov_S) cov_T; every place for itself; the variance is that of each picture
+    about what the others say.
     """
     target, source, x = (
         rearranged.double().detach().flatten(2).movedim(1, -1).numpy()  # picture, place, channel
         for rearranged in (views.training.x0, views.pairs.x0, views.pairs.student.x0)
     )
-    cov_t, cov_s = (sum(np.cov(at.T) for at in part.swapaxes(0, 1)) / x.shape[1] for part in (target, source))
-    ratios, directions = np.linalg.eig(np.linalg.inv(cov_s) @ cov_t)
+    cov_s = _pooled(source)
+
+    def directions_of(pictures):
+        ratios, directions = np.linalg.eig(np.linalg.inv(cov_s) @ _pooled(pictures))
+        return directions[:, np.argsort(ratios)]
+
+    directions, n = directions_of(target), len(target)
+    ratios = np.zeros(len(cov_s))
+    for i in range(n):
+        others = np.delete(target, i, 0)
+        for k, direction in enumerate(directions_of(others).T):
+            apart = (target[i] - others.mean(0)) @ direction
+            ratios[k] += (apart**2).mean() / (direction @ cov_s @ direction) * (n - 1) / n / n
     total = 0.0
     for ratio, direction in zip(ratios, directions.T, strict=True):
         spread_s = direction @ cov_s @ direction

@@ -50,7 +50,7 @@ def look_at(model, adaptation, objective, num: int = 5, seed: int = 0) -> Views:
     prior = make_prior(model) if objective.needs_prior else None
     if objective.needs_fitting:
         assert prior is not None
-        objective.fit(adaptation, x0, prior.x0, generator)
+        objective.fit(adaptation, x0.unsqueeze(1), prior.x0, generator)
     return look(model, adaptation, objective, Batch(x0), prior if objective.samples_each_step else None, generator)
 
 

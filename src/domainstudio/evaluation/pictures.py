@@ -15,7 +15,7 @@ from domainstudio.evaluation import features
 from domainstudio.evaluation.cache import FeatureCache, digest
 from domainstudio.evaluation.features import Backbone, Progress
 from domainstudio.evaluation.foundation import embed_texts, load_clip_images, load_dino_images
-from domainstudio.evaluation.metrics import nearest, pairwise_lpips
+from domainstudio.evaluation.metrics import Way, nearest, pairwise_lpips
 
 UNASKED = "was not asked for"
 
@@ -79,11 +79,15 @@ class Networks:
         """Of the training pictures and of their mirror images."""
         return self.embeddings(self.training), self.embeddings(self.training.flip(-1))
 
+    @property
+    def has_way(self) -> bool:
+        """Whether there are pictures enough of the source and of the training pictures."""
+        return min(len(self.training), len(self.source)) >= 2
+
     @cached_property
-    def landmarks(self) -> Tensor:
-        """Of the training pictures, of their mirror images, and of the source's pictures, in one."""
-        source = [self.embeddings(self.source)] if len(self.source) else []
-        return torch.cat([*self.training_embeddings, *source])
+    def way(self) -> Way:
+        """From the source's pictures to the training pictures; at least 2 of each."""
+        return Way(self.training_embeddings[0], self.embeddings(self.source))
 
     def embeddings(self, images: Tensor) -> Tensor:
         """LPIPS embeddings, (N, D)."""
@@ -125,23 +129,31 @@ class Pictures:
         """Digests of the pictures and of those that are measured against."""
         return digest(self.images), digest(self.networks.training)
 
+    @property
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """LPIPS to the training pictures, and to the nearer of each and its mirror image; (N, M)."""
+        plain, mirrored = self._places[:, : 2 * len(self.networks.training)].chunk(2, 1)
+        return plain, torch.minimum(plain, mirrored)
+
+    @property
+    def left(self) -> Tensor:
+        """What is left of the way to the training pictures, (N,), where the source's pictures are known."""
+        return self._places[:, -1]
+
     @cached_property
-    def distances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """LPIPS to the training pictures (N, M), to the nearer of each and its mirror image (N, M), and to the source's
-        pictures (N, K)."""
+    def _places(self) -> Tensor:
         networks = self.networks
         of = (*self.content, digest(networks.source))
-        table = networks.kept(f"{networks.lpips_name} to landmarks", of, self._to_landmarks)[self.index]
-        training = len(networks.training)
-        plain, mirrored, source = table.split([training, training, len(networks.source)], 1)
-        return plain, torch.minimum(plain, mirrored), source
+        return networks.kept(f"{networks.lpips_name} to training, way left", of, self._locate)[self.index]
 
-    def _to_landmarks(self) -> Tensor:
+    def _locate(self) -> Tensor:
         networks = self.networks
+        training = torch.cat(networks.training_embeddings)
         parts, told = [], networks.told(f"LPIPS of the {self.title}")
         for start in range(0, len(self.images), networks.batch_size):
             batch = networks.embeddings(self.images[start : start + networks.batch_size])
-            parts.append(pairwise_lpips(batch, networks.landmarks).cpu())
+            left = [networks.way.left(batch)[:, None]] if networks.has_way else []
+            parts.append(torch.cat([pairwise_lpips(batch, training), *left], 1).cpu())
             if told:
                 told(start + len(batch), len(self.images))
         return torch.cat(parts)

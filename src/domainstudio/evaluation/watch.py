@@ -13,13 +13,11 @@ from torch import Tensor
 
 from domainstudio.errors import UserError
 from domainstudio.evaluation import metrics
-from domainstudio.evaluation.metrics import Way, mean_off_diagonal, mean_to_others, pairwise_lpips
+from domainstudio.evaluation.metrics import Way, mean_off_diagonal, pairwise_lpips
 from domainstudio.evaluation.pictures import Networks
 
 MAX_PX = 128
 """Side at which LPIPS looks at larger pictures."""
-LEAST_WAY = 0.1
-"""Of the mean distance between training pictures: what the way left is at least divided by."""
 PATIENCE = 3
 """Readings without a better one after which a run is overfitting, if its pictures are also too close."""
 COLLAPSED = 0.6
@@ -42,7 +40,7 @@ class Reading:
     `diversity`: mean LPIPS distance between two of them, over that between two training pictures. 1 is right.
     `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.Way`):
     1 before training, 0 for new pictures of the domain, and for copies. Where the source is so near that few pictures
-    cannot tell, over a tenth of the mean distance between training pictures.
+    cannot tell, over their spread.
     `drift`: mean LPIPS distance to what the source drew of the same noise.
     `crowded`: the training pictures, counted from 1, that more than their share of the pictures are nearest to.
     `unadapted`: the share of them that look more like the source's than like the training pictures; None where these
@@ -113,9 +111,8 @@ class Watch:
         either = torch.minimum(self._among_training, pairwise_lpips(plain, mirrored))
         self._apart = float(either.fill_diagonal_(float("inf")).min(1).values.mean())
         self._source = self._networks.embeddings(source)
-        among_source, to_source = pairwise_lpips(self._source, self._source), pairwise_lpips(plain, self._source)
-        self._way = Way(to_source, self._among_training, among_source)
-        self._whole_way = max(self._way.length, LEAST_WAY * mean_off_diagonal(self._among_training))
+        self._way = Way(plain, self._source)
+        self._whole_way = max(self._way.length, self._way.spread)
 
     @torch.inference_mode()
     def read(self, step: int, images: Tensor) -> Reading:
@@ -124,7 +121,7 @@ class Watch:
         among = pairwise_lpips(seen, seen)
         plain, mirrored = (pairwise_lpips(seen, target) for target in self._networks.training_embeddings)
         distances, indices = metrics.nearest(torch.minimum(plain, mirrored))
-        left = self._way.left(plain, mean_to_others(pairwise_lpips(seen, self._source)))
+        left = self._way.left(seen, paired=True)
         share = torch.bincount(indices, minlength=len(self._among_training)) / len(images)
         return Reading(
             step,

@@ -40,6 +40,8 @@ class Deck:
         """Fits what an objective has of both to all of both; mirror images count where training shows them."""
         assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
-        encoded = torch.cat([self.encoded, self.mirrored]) if self.config.random_flip else self.encoded
-        pictures = self.codec.draw(encoded, generator)
+        views = [self.codec.draw(self.encoded, generator)]
+        if self.config.random_flip:
+            views.append(self.codec.draw(self.mirrored, generator))
+        pictures = torch.stack(views, 1)
         objective.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)

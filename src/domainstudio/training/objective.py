@@ -152,9 +152,9 @@ class Objective:
         return self.classifier is not None or self.transfer is not None
 
     def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
-        """To all training pictures and source samples, each (N, C, h, w) in model space."""
+        """To all training pictures in all views, (N, V, C, h, w), and source samples, (M, C, h, w), in model space."""
         if self.classifier is not None:
-            self.classifier.fit(adaptation, pictures, samples, generator)
+            self.classifier.fit(adaptation, pictures.flatten(0, 1), samples, generator)
         if self.transfer is not None:
             self.transfer.fit(pictures, samples)
 
