@@ -332,8 +332,8 @@ def plan(others: str, own: str) -> list[str]:
 FAR, NEAR = "100,150,200,300,400,500", "50,75,100,150"
 PLAN = {
     "ink": plan(FAR, "150,200,300"),
-    "sunglasses": plan(NEAR, "50,75,100,125"),
-    "watercolour": plan(NEAR, "50,75,100,125"),
+    "sunglasses": plan(NEAR, "50,75,100,125,150"),
+    "watercolour": plan(NEAR, "50,75,100,125,150"),
     "grey": plan(NEAR, "50,75,100"),
     "smiles": plan(FAR, "200,300"),
 }

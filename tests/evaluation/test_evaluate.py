@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, features, metrics
+from domainstudio.evaluation.cache import FeatureCache
 from domainstudio.evaluation.evaluate import NO_REFERENCE, NO_SOURCE, NUM_SOURCE, Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
 
@@ -109,10 +110,20 @@ def test_pictures_that_still_look_like_the_source_are_counted():
     images = torch.cat([pictures(6, 4) * 0.1 - 0.8, IMAGES[:18]])
     evaluation = evaluator.evaluate(images)
     assert evaluation.unadapted_rate == pytest.approx(0.25)
-    assert "16 of the source's pictures than to that of the 4 training pictures" in evaluation.unadapted_protocol
+    assert "from 16 of the source's pictures to the 4 training pictures" in evaluation.unadapted_protocol
     assert evaluator.real().unadapted_rate == evaluator.copier(8).unadapted_rate == 0
     assert Evaluator(TRAINING, REFERENCE, source=source[:NUM_SOURCE]).evaluate(images) == evaluation
     assert plain(evaluation)["unadapted_rate"] == 0.25
+
+
+@pytest.mark.usefixtures("stubs")
+def test_with_a_cache_no_network_is_asked_twice(tmp_path, monkeypatch):
+    source, cache = pictures(NUM_SOURCE, 3) * 0.1 - 0.8, FeatureCache(tmp_path)
+    first = Evaluator(TRAINING, REFERENCE, source=source, cache=cache).evaluate(IMAGES)
+    assert first.unadapted_rate is not None
+    for name in ("load_lpips", "load_inception"):
+        monkeypatch.setattr(features, name, lambda *_: pytest.fail("asked again"))
+    assert Evaluator(TRAINING, REFERENCE, source=source, cache=cache).evaluate(IMAGES) == first
 
 
 @pytest.mark.usefixtures("stubs")

@@ -205,8 +205,8 @@ class Evaluator:
             fid_protocol=f"FID, bicubic to 299 px: {sets}: compare only with values measured the same way",
             coverage_protocol="Inception features, 3 neighbours for precision and recall, 5 for density and coverage: "
             + sets,
-            unadapted_protocol=f"{self.protocol.lpips_name}: less than half of the way from {len(self._networks.source)} "
-            f"of the source's pictures to the {len(self._training)} training pictures, along what tells these apart",
+            unadapted_protocol=f"{self.protocol.lpips_name}: not half of the way from {len(self._networks.source)} of "
+            f"the source's pictures to the {len(self._training)} training pictures, along what tells these apart",
             vendi_protocol=f"effective number of different pictures among {len(pictures)}, by Inception features",
             clip_protocol=f"{self.protocol.clip or 'CLIP'}; CMMD x 10³, biased, sigma 10: {sets}",
             dino_protocol=f"{self.protocol.dino or 'DINOv2'} at {DINO_PX} px, Fréchet distance: {sets}",
@@ -242,7 +242,7 @@ class Evaluator:
             raise _Unmeasured(NO_SOURCE)
         if len(self._training) < 2:
             raise _Unmeasured("one training picture has no spread to tell others from: give more")
-        rate = self._networks.way.unadapted_rate(pictures.left)
+        rate = self._networks.ends.unadapted_rate(pictures.left)
         if rate is None:
             raise _Unmeasured("the source's pictures are too much like the training pictures to tell single ones apart")
         return rate

@@ -1,8 +1,7 @@
 """Metrics as pure functions of features: no networks, no files, no images. Tensors in, numbers out."""
 
 from collections.abc import Iterator
-from statistics import NormalDist
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,102 +62,10 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def mean_to_others(table: Tensor) -> Tensor:
-    """Mean of each row of a square table without its diagonal, (N, N) -> (N,), N >= 2."""
-    return (table.sum(1) - table.diagonal()) / (len(table) - 1)
-
-
 def mean_off_diagonal(table: Tensor) -> float:
     """Mean of a square table without its diagonal: over pairs of two different things, (N, N) -> a number, N >= 2."""
-    return float(mean_to_others(table).mean())
-
-
-class Way:
-    """The way from a source to a target domain, along a line through their mean embeddings.
-
-    What is left of it for a picture x is, up to a constant, 2 sum over j of
-
-        w_j (x - (m_S + m_T) / 2)_j (m_S - m_T)_j,    w_j = max(0, d_j - e_j) / (d_j + v_j),
-
-    with means m, d_j = (m_S - m_T)_j², v_j the variance within both domains, and e_j = v_j (1 / M + 1 / K), what so few
-    pictures make of d_j by chance: a dimension counts by how far it tells the domains apart, so that a small attribute
-    is seen where it is, and not what else differs among pictures. Both ends are where pictures lie that are left out
-    when the line is found.
-
-    Args:
-        target: (M, D) embeddings, M >= 2.
-        source: (K, D), K >= 2.
-
-    Source: a linear discriminant of independent dimensions, each shrunk by its own evidence.
-    Trap: below 0 for copies, which are further along than new pictures of the target: they share its accidents.
-    """
-
-    MISTAKEN = 0.05
-    """Share of known pictures taken for those of the other side, above which no single picture is told."""
-
-    def __init__(self, target: Tensor, source: Tensor):
-        self._target, self._source = _Side.of(target), _Side.of(source)
-        arrived = torch.stack([_along(x, self._target.without(x), self._source) for x in target])
-        left_behind = torch.stack([_along(x, self._target, self._source.without(x)) for x in source])
-        self._end = arrived.mean()
-        self.length = float(left_behind.mean() - self._end)
-        """What is left for the source."""
-        self.spread = float(arrived.std() + left_behind.std())
-        """Of pictures of both domains: the sum of their standard deviations."""
-        self._pictures = source
-
-    def left(self, pictures: Tensor, paired: bool = False) -> Tensor:
-        """What is left for each of N pictures, (N,); its mean is 0 for new ones of the target, `length` for the source.
-
-        Args:
-            pictures: (N, D) embeddings.
-            paired: picture i is of the same noise as the source's i-th, which is left out for it; N <= K.
-        """
-        if not paired:
-            return _along(pictures, self._target, self._source) - self._end
-        pairs = zip(pictures, self._pictures[: len(pictures)], strict=True)
-        return torch.stack([_along(x, self._target, self._source.without(own)) for x, own in pairs]) - self._end
-
-    @property
-    def tells(self) -> bool:
-        """Whether both domains are far enough apart for their spread (normal) that single pictures can be told."""
-        return 0 < self.length >= NormalDist().inv_cdf(1 - self.MISTAKEN) * self.spread
-
-    def unadapted_rate(self, left: Tensor) -> float | None:
-        """Share (0 to 1) of pictures with more than half of the way left: they look more like the source's.
-
-        None where single pictures cannot be told.
-        """
-        return float((left > self.length / 2).double().mean()) if self.tells else None
-
-
-class _Side(NamedTuple):
-    """Mean (D,) of N pictures, and their squared deviations from it, summed, (D,)."""
-
-    num: int
-    mean: Tensor
-    squares: Tensor
-
-    @classmethod
-    def of(cls, pictures: Tensor) -> Self:
-        mean = pictures.mean(0)
-        return cls(len(pictures), mean, (pictures - mean).square().sum(0))
-
-    def without(self, picture: Tensor) -> Self:
-        """The others, if this is one of them."""
-        others = self.num - 1
-        apart = picture - self.mean
-        squares = (self.squares - apart.square() * (self.num / others)).clamp(min=0)
-        return type(self)(others, self.mean - apart / others, squares)
-
-
-def _along(pictures: Tensor, target: _Side, source: _Side) -> Tensor:
-    """Where (..., D) lie along the line, from the target on; the middle of both means is 0."""
-    apart = source.mean - target.mean
-    within = (target.squares + source.squares) / (target.num + source.num - 2)
-    chance = within * (1 / target.num + 1 / source.num)
-    weight = (apart.square() - chance).clamp(min=0) / (apart.square() + within).clamp(min=1e-30)
-    return (pictures - (target.mean + source.mean) / 2) @ (2 * weight * apart)
+    n = len(table)
+    return float((table.sum() - table.diagonal().sum()) / (n * (n - 1)))
 
 
 def gaussian_distance(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:

@@ -15,7 +15,8 @@ from domainstudio.evaluation import features
 from domainstudio.evaluation.cache import FeatureCache, digest
 from domainstudio.evaluation.features import Backbone, Progress
 from domainstudio.evaluation.foundation import embed_texts, load_clip_images, load_dino_images
-from domainstudio.evaluation.metrics import Way, nearest, pairwise_lpips
+from domainstudio.evaluation.metrics import nearest, pairwise_lpips
+from domainstudio.evaluation.way import Ends, Way
 
 UNASKED = "was not asked for"
 
@@ -88,6 +89,13 @@ class Networks:
     def way(self) -> Way:
         """From the source's pictures to the training pictures; at least 2 of each."""
         return Way(self.training_embeddings[0], self.embeddings(self.source))
+
+    @cached_property
+    def ends(self) -> Ends:
+        """Of that way."""
+        of = digest(self.training), digest(self.source)
+        ends = self.kept(f"{self.lpips_name} way", of, lambda: torch.tensor(self.way.ends, dtype=torch.float64))
+        return Ends(*ends.tolist())
 
     def embeddings(self, images: Tensor) -> Tensor:
         """LPIPS embeddings, (N, D)."""

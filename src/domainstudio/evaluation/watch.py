@@ -13,8 +13,9 @@ from torch import Tensor
 
 from domainstudio.errors import UserError
 from domainstudio.evaluation import metrics
-from domainstudio.evaluation.metrics import Way, mean_off_diagonal, pairwise_lpips
+from domainstudio.evaluation.metrics import mean_off_diagonal, pairwise_lpips
 from domainstudio.evaluation.pictures import Networks
+from domainstudio.evaluation.way import Way
 
 MAX_PX = 128
 """Side at which LPIPS looks at larger pictures."""
@@ -38,7 +39,7 @@ class Reading:
     image, over the same of each training picture to the others. 1 is right: as far from the ten as each of them from
     the other nine; towards 0 they are copies; far above 1 they are not of the domain.
     `diversity`: mean LPIPS distance between two of them, over that between two training pictures. 1 is right.
-    `style_distance`: what is left of the way from the source's pictures to the training pictures (`metrics.Way`):
+    `style_distance`: what is left of the way from the source's pictures to the training pictures (`way.Way`):
     1 before training, 0 for new pictures of the domain, and for copies. Where the source is so near that few pictures
     cannot tell, over their spread.
     `drift`: mean LPIPS distance to what the source drew of the same noise.
@@ -112,7 +113,7 @@ class Watch:
         self._apart = float(either.fill_diagonal_(float("inf")).min(1).values.mean())
         self._source = self._networks.embeddings(source)
         self._way = Way(plain, self._source)
-        self._whole_way = max(self._way.length, self._way.spread)
+        self._whole_way = max(self._way.ends)
 
     @torch.inference_mode()
     def read(self, step: int, images: Tensor) -> Reading:
@@ -130,7 +131,7 @@ class Watch:
             style_distance=max(0.0, float(left.mean())) / self._whole_way,
             drift=metrics.drift(seen, self._source),
             crowded=tuple(int(index) + 1 for index in (share > CROWDED).nonzero()),
-            unadapted=self._way.unadapted_rate(left),
+            unadapted=self._way.ends.unadapted_rate(left),
         )
 
 
