@@ -191,9 +191,13 @@ def by_step(rows: list[Row], name: str) -> dict[int, list[Row]]:
     return dict(sorted(groups.items()))
 
 
-def honest(steps: dict[int, list[Row]], real_rate: float) -> list[tuple[int, list[Row]]]:
-    """The checkpoints of `by_step` with hardly more copies than there are among real pictures."""
-    return [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
+def honest(steps: dict[int, list[Row]], real_rate: float, arrived: bool = False) -> list[tuple[int, list[Row]]]:
+    """The checkpoints of `by_step` with hardly more copies than there are among real pictures.
+
+    `arrived`: and of which it is known that few pictures have not left the source.
+    """
+    few_copies = [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
+    return [(s, rows) for s, rows in few_copies if not arrived or (counted(rows) and not leaves_many(rows))]
 
 
 def counted(rows: list[Row]) -> list[Row]:
@@ -224,8 +228,8 @@ def wanted(row: Row, real: Row, source: Row) -> float:
     return row["kid"] / source["kid"] + abs(row["intra_lpips"] / real["intra_lpips"] - 1)
 
 
-def best_of_each(rows: list[Row]) -> dict[str, tuple[int, list[Row]]]:
-    """method -> step and rows of its best honest checkpoint by `wanted`, means over seeds; of one domain."""
+def best_of_each(rows: list[Row], arrived: bool = False) -> dict[str, tuple[int, list[Row]]]:
+    """method -> step and rows of its best checkpoint that is `honest`, by `wanted`, means over seeds; of one domain."""
     real, source = (next((row for row in rows if row["name"] == name), None) for name in ("real", "source"))
     best: dict[str, tuple[int, list[Row]]] = {}
     if real is None or source is None:
@@ -235,7 +239,7 @@ def best_of_each(rows: list[Row]) -> dict[str, tuple[int, list[Row]]]:
         return wanted({name: mean_of(group, name) for name in ("kid", "intra_lpips")}, real, source)
 
     for name in (*METHODS, PAPER):
-        if checkpoints := honest(by_step(rows, name), real["copy_rate"]):
+        if checkpoints := honest(by_step(rows, name), real["copy_rate"], arrived):
             best[name] = min(checkpoints, key=lambda item: score(item[1]))
     return best
 
@@ -284,6 +288,16 @@ def comparison(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
     flattered = [f"`{name}` ({unadapted_of(group)})" for name, (_, group) in best.items() if leaves_many(group)]
     if flattered:
         lines.append(f"\nFlattered by pictures that have not left the source: {', '.join(flattered)}.")
+    arrived, told = best_of_each(rows, arrived=True), []
+    for name in dict.fromkeys(row["name"] for row in counted(rows) if row["name"] in best):
+        step, group = arrived.get(name, (0, []))
+        numbers = [spread(group, "kid", 1), spread(gaps_of(group), "gap", 3), unadapted_of(group)] if group else []
+        told.append(f"`{name}` {' / '.join(numbers)} @ {step}" if group else f"`{name}` none")
+    if told:
+        lines.append(
+            f"\nWith at most {MANY_UNADAPTED:.0%} of such pictures, where they were counted (KID / gap / unadapted @ "
+            f"steps): {'; '.join(told)}."
+        )
     return lines, ahead
 
 
