@@ -290,9 +290,12 @@ def comparison(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
         lines.append(f"\nFlattered by pictures that have not left the source: {', '.join(flattered)}.")
     arrived, told = best_of_each(rows, arrived=True), []
     for name in dict.fromkeys(row["name"] for row in counted(rows) if row["name"] in best):
-        step, group = arrived.get(name, (0, []))
-        numbers = [spread(group, "kid", 1), spread(gaps_of(group), "gap", 3), unadapted_of(group)] if group else []
-        told.append(f"`{name}` {' / '.join(numbers)} @ {step}" if group else f"`{name}` none")
+        if name not in arrived:
+            told.append(f"`{name}` none")
+            continue
+        step, group = arrived[name]
+        numbers = spread(group, "kid", 1), spread(gaps_of(group), "gap", 3), unadapted_of(group)
+        told.append(f"`{name}` {' / '.join(numbers)} @ {step}")
     if told:
         lines.append(
             f"\nWith at most {MANY_UNADAPTED:.0%} of such pictures, where they were counted (KID / gap / unadapted @ "

@@ -53,8 +53,9 @@ class Way:
 
     def __init__(self, target: Tensor, source: Tensor):
         self._target, self._source = _Side.of(target), _Side.of(source)
-        arrived = torch.stack([_along(x, self._target.without(x), self._source) for x in target])
-        left_behind = torch.stack([_along(x, self._target, self._source.without(x)) for x in source])
+        self._line = _Line.between(self._target, self._source)
+        arrived = torch.stack([_Line.between(self._target.without(x), self._source).along(x) for x in target])
+        left_behind = torch.stack([self._line_without(x).along(x) for x in source])
         self._end = arrived.mean()
         self.ends = Ends(float(left_behind.mean() - self._end), float(arrived.std() + left_behind.std()))
         self._pictures = source
@@ -68,9 +69,13 @@ class Way:
             paired: picture i is of the same noise as the source's i-th, which is left out for it; N <= K.
         """
         if not paired:
-            return _along(pictures, self._target, self._source) - self._end
+            return self._line.along(pictures) - self._end
         pairs = zip(pictures, self._pictures[: len(pictures)], strict=True)
-        return torch.stack([_along(x, self._target, self._source.without(own)) for x, own in pairs]) - self._end
+        return torch.stack([self._line_without(own).along(x) for x, own in pairs]) - self._end
+
+    def _line_without(self, own: Tensor) -> "_Line":
+        """As if this one of the source's pictures were not known."""
+        return _Line.between(self._target, self._source.without(own))
 
 
 class _Side(NamedTuple):
@@ -93,10 +98,20 @@ class _Side(NamedTuple):
         return type(self)(others, self.mean - apart / others, squares)
 
 
-def _along(pictures: Tensor, target: _Side, source: _Side) -> Tensor:
-    """Where (..., D) lie along the line, from the target on; the middle of both means is 0."""
-    apart = source.mean - target.mean
-    within = (target.squares + source.squares) / (target.num + source.num - 2)
-    chance = within * (1 / target.num + 1 / source.num)
-    weight = (apart.square() - chance).clamp(min=0) / (apart.square() + within).clamp(min=1e-30)
-    return (pictures - (target.mean + source.mean) / 2) @ (2 * weight * apart)
+class _Line(NamedTuple):
+    """The middle of both means (D,), and the weighted direction (D,) from the target to the source."""
+
+    middle: Tensor
+    direction: Tensor
+
+    @classmethod
+    def between(cls, target: _Side, source: _Side) -> Self:
+        apart = source.mean - target.mean
+        within = (target.squares + source.squares) / (target.num + source.num - 2)
+        chance = within * (1 / target.num + 1 / source.num)
+        weight = (apart.square() - chance).clamp(min=0) / (apart.square() + within).clamp(min=1e-30)
+        return cls((target.mean + source.mean) / 2, 2 * weight * apart)
+
+    def along(self, pictures: Tensor) -> Tensor:
+        """Where (..., D) lie, from the target on; the middle is 0."""
+        return (pictures - self.middle) @ self.direction

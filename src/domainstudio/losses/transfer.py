@@ -40,8 +40,9 @@ class DomainTransfer:
         One picture has no spread: it is taken to vary as the source does.
         """
         mean_s, covariance_s = _moments(source)
-        mean_t, whiten = _diagonalise(target, covariance_s)
-        ratio = _held_out_ratio(target, covariance_s)
+        whitening = _whitening(covariance_s)
+        mean_t, whiten = _diagonalise(target, whitening)
+        ratio = _held_out_ratio(target, whitening)
         apart = ((mean_t - mean_s) @ whiten).square() - ratio / len(target) - 1 / len(source)  # unbiased
         weight = 1 - ratio / (1 + apart.clamp(min=0))
         directions = torch.nn.functional.normalize(whiten, dim=0)
@@ -82,27 +83,31 @@ def _moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return mean, apart.T @ apart / (max(len(places) - 1, 1) * len(mean))
 
 
-def _diagonalise(target: Tensor, covariance_s: Tensor) -> tuple[Tensor, Tensor]:
+def _whitening(covariance: Tensor) -> Tensor:
+    """Directions (C, C) that are uncorrelated and vary by 1."""
+    variance, axes = torch.linalg.eigh(covariance)
+    return axes * variance.clamp(min=max(SMALLEST_VARIANCE * variance.max().item(), 1e-12)).rsqrt()
+
+
+def _diagonalise(target: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (h w, C) of (N, V, C, h, w), and directions (C, C) in which they are uncorrelated and the source varies by
     1, from the one on in which they vary least."""
     mean, covariance_t = _moments(target.flatten(0, 1))
-    variance, axes = torch.linalg.eigh(covariance_s)
-    whiten = axes * variance.clamp(min=max(SMALLEST_VARIANCE * variance.max().item(), 1e-12)).rsqrt()
     if len(target) == 1:
-        return mean, whiten
-    _, rotation = torch.linalg.eigh(whiten.T @ covariance_t @ whiten)
-    return mean, whiten @ rotation
+        return mean, whitening
+    _, rotation = torch.linalg.eigh(whitening.T @ covariance_t @ whitening)
+    return mean, whitening @ rotation
 
 
-def _held_out_ratio(target: Tensor, covariance_s: Tensor) -> Tensor:
+def _held_out_ratio(target: Tensor, whitening: Tensor) -> Tensor:
     """How much (N, V, C, h, w) vary in the directions of `_diagonalise`, (C,), which those that are measured do not
     choose; their squared distance to the mean of n others is 1 + 1 / n times as large."""
     if len(target) == 1:
-        return torch.ones_like(covariance_s[0])
-    ratio = torch.zeros_like(covariance_s[0])
+        return torch.ones_like(whitening[0])
+    ratio = torch.zeros_like(whitening[0])
     for left_out in torch.arange(len(target)).tensor_split(min(FOLDS, len(target))):
         others = torch.ones(len(target), dtype=torch.bool).index_fill(0, left_out, False)
-        mean, whiten = _diagonalise(target[others], covariance_s)
-        apart = (_places(target[left_out].flatten(0, 1)).double() - mean) @ whiten
+        mean, directions = _diagonalise(target[others], whitening)
+        apart = (_places(target[left_out].flatten(0, 1)).double() - mean) @ directions
         ratio += apart.square().mean((0, 1)) / (1 + 1 / others.sum().item()) * len(left_out) / len(target)
     return ratio
