@@ -57,6 +57,7 @@ RECIPE_FLAGS = [
     "--hfmse-weight",
     "--feature-weight",
     "--transfer-weight",
+    "--source-share",
     "--space",
     "--similarity-weight",
     "--adversarial-steps",

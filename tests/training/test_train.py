@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,8 +141,8 @@ def seen(models, name="pixel_epsilon", steps=6, objective=None, **settings):
         batches.append((views.training.x0.clone(), views.pairs.x0.clone()))
         return views.training.student.output.square().mean()
 
-    pairing = objective.pairing if objective else "none"
-    run(model, adapt(model, "full"), Objective((Term("note", 1.0, note),), pairing=pairing), steps=steps, **settings)
+    noting = replace(objective or Objective(()), terms=(Term("note", 1.0, note),))
+    run(model, adapt(model, "full"), noting, steps=steps, **settings)
     return model, batches
 
 
@@ -188,6 +189,32 @@ def test_pairs_are_drawn_anew_from_the_source_samples_each_step(models):
         assert len(set(rows)) == 3
         picks.add(tuple(rows))
     assert len(picks) > 1
+
+
+@pytest.mark.parametrize(
+    ("share", "batch", "expected"),
+    [(1.0, 3, {0, 1, 2, 3, 4, 5}), (0.5, 3, {1, 3, 4}), (0.34, 3, {1, 3, 4}), (0.5, 4, {1, 2, 3, 4})],
+)
+def test_pairs_are_of_the_source_samples_nearest_to_the_training_pictures(models, share, batch, expected):
+    """At least one batch of them; `nearest` itself is tested with the transfer."""
+    model, objective = models("pixel_epsilon"), build_objective("studio", models("pixel_epsilon"), source_share=share)
+    assert objective.transfer is not None
+    objective.transfer.nearest = lambda pictures, number: torch.tensor([3, 1, 4, 2, 0, 5])[:number]
+    model, batches = seen(models, objective=objective, steps=12, pair_batch_size=batch)
+    prior = make_prior(model).x0
+    seen_rows = {i for _, pairs in batches for row in pairs for i, p in enumerate(prior) if torch.equal(row, p)}
+    assert seen_rows == expected
+
+
+def test_a_third_of_the_source_samples_is_shown_by_default(models):
+    assert build_objective("studio", models("pixel_epsilon")).source_share == pytest.approx(1 / 3)
+    assert build_objective("studio", models("pixel_epsilon"), transfer_weight=0.0).source_share == 1
+    assert build_objective("domainstudio", models("pixel_epsilon")).source_share == 1
+
+
+def test_without_transfer_no_source_sample_is_known_to_be_near(models):
+    with pytest.raises(UserError, match="source_share=0.5, but which source samples are nearest"):
+        build_objective("studio", models("pixel_epsilon"), transfer_weight=0.0, source_share=0.5)
 
 
 @pytest.mark.parametrize(("name", "space"), [("pixel_epsilon", "model"), ("pixel_x0", "model"), ("latent_v", "pixel")])

@@ -71,6 +71,7 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         hfmse_weight=recipe.hfmse_weight,
         feature_weight=recipe.feature_weight,
         transfer_weight=recipe.transfer_weight,
+        source_share=recipe.source_share,
         space=recipe.space,
         with_prior_preservation=recipe.with_prior_preservation,
         prior_loss_weight=recipe.prior_loss_weight,

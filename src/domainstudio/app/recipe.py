@@ -123,6 +123,9 @@ class Recipe(BaseModel):
     transfer_weight: float | None = Field(
         None, ge=0, description="weight of the term that moves source samples to where the training pictures lie"
     )
+    source_share: float | None = Field(
+        None, gt=0, le=1, description="share of source samples that is shown: those nearest to the training pictures"
+    )
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")
     adversarial_steps: int | None = Field(None, ge=0, description="steps in which noise becomes harder (ant)")

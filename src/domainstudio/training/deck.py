@@ -20,6 +20,8 @@ class Deck:
         self.prompts = prompts or Prompts()
         self.encoded = model.codec.encode(images)
         self.mirrored = model.codec.encode(images.flip(-1)) if config.random_flip else self.encoded
+        self.shown = torch.arange(0 if prior is None else len(prior.x0))
+        """Which source samples batches are drawn from."""
 
     def training(self, index: int, generator: torch.Generator) -> Batch:
         """The batch number `index` of training pictures."""
@@ -33,15 +35,22 @@ class Deck:
     def source_samples(self, generator: torch.Generator) -> Batch:
         """Some of them, drawn anew each time."""
         assert self.prior is not None
-        chosen = torch.randperm(len(self.prior.x0), generator=generator)[: self.config.pair_batch_size]
+        chosen = self.shown[torch.randperm(len(self.shown), generator=generator)[: self.config.pair_batch_size]]
         return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
 
     def fit(self, objective: Objective, adaptation: Adaptation) -> None:
-        """Fits what an objective has of both to all of both; mirror images count where training shows them."""
+        """Fits what an objective has of both to all of both; mirror images count where training shows them.
+
+        Batches are drawn from the objective's share of source samples from then on, but from one batch at least.
+        """
         assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
         views = [self.codec.draw(self.encoded, generator)]
         if self.config.random_flip:
             views.append(self.codec.draw(self.mirrored, generator))
         pictures = torch.stack(views, 1)
-        objective.fit(adaptation, pictures, self.prior.x0.to(pictures), generator)
+        samples = self.prior.x0.to(pictures)
+        objective.fit(adaptation, pictures, samples, generator)
+        if objective.transfer is not None and objective.source_share < 1:
+            number = max(round(objective.source_share * len(samples)), self.config.pair_batch_size)
+            self.shown = objective.transfer.nearest(samples, number).to(self.shown)

@@ -54,6 +54,7 @@ def domainstudio(
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
     transfer_weight: float = 0.0,
+    source_share: float = 1.0,
     pairing: Pairing = "training",
     centre_pairs: bool = False,
     high_noise_weight: float = 1.0,
@@ -73,7 +74,8 @@ def domainstudio(
     `feature_weight` adds the same divergence of what the networks' middle blocks say of the pairs (after DomainGallery,
     NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
     `transfer_weight` holds the student, on noised source samples, to these moved to the target (`DomainTransfer`),
-    weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary.
+    weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary, and of the source
+    samples `source_share` are shown, those nearest to the target domain.
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     `high_noise_mean_weight` is that of the part which a wrong mean of a channel makes (`mean_error`); None: the same.
@@ -105,6 +107,11 @@ def domainstudio(
                 "method studio does, or transfer_weight 0"
             )
         terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
+    elif source_share != 1:
+        raise UserError(
+            f"source_share={source_share:g}, but which source samples are nearest to your pictures is known with "
+            "transfer_weight alone; give it a weight above 0, or leave source_share out"
+        )
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
         _needs_text(model, "with_prior_preservation")
@@ -116,6 +123,7 @@ def domainstudio(
         space=space,
         compares_features=feature_weight > 0,
         transfer=transfer,
+        source_share=source_share,
     )
 
 
@@ -129,6 +137,7 @@ def studio(
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
     transfer_weight: float | None = None,
+    source_share: float | None = None,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
     high_noise_weight: float | None = None,
@@ -141,8 +150,8 @@ def studio(
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and less weight on high noise, 0.2, but
     for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
-    training pictures lie (`transfer_weight`, 10). Text-to-image models: 0.1 for both, 0, and pairs of a tenth of the
-    weight.
+    training pictures lie (`transfer_weight`, 10), and of them the third is shown that is nearest to these
+    (`source_share`). Text-to-image models: 0.1 for both, no transfer, and pairs of a tenth of the weight.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
@@ -159,6 +168,8 @@ def studio(
         high_noise_mean_weight = 1.0
     if transfer_weight is None:
         transfer_weight = 10.0 if not is_text and pairing == "source_samples" else 0.0
+    if source_share is None:
+        source_share = 1 / 3 if transfer_weight else 1.0
     return domainstudio(
         model,
         image_weight=image_weight,
@@ -166,6 +177,7 @@ def studio(
         hfmse_weight=hfmse_weight,
         feature_weight=feature_weight,
         transfer_weight=transfer_weight,
+        source_share=source_share,
         pairing=pairing,
         centre_pairs=centre_pairs,
         high_noise_weight=high_noise_weight,

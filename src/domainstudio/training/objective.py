@@ -130,6 +130,8 @@ class Objective:
     classifier: DomainClassifier | None = None
     transfer: DomainTransfer | None = None
     """These two are fitted before the first step to training pictures and source samples."""
+    source_share: float = 1.0
+    """How many source samples steps show, in (0, 1]: those nearest to the target domain, which the transfer knows."""
 
     @property
     def needs_source(self) -> bool:
