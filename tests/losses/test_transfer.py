@@ -159,30 +159,6 @@ def test_a_contraction_leaves_what_the_target_lets_vary():
     torch.testing.assert_close(narrow, narrow.mean(1, keepdim=True).expand_as(narrow), rtol=0, atol=1e-3)
 
 
-def test_pictures_with_the_targets_attribute_are_the_nearest():
-    """A fifth of the source has the bar of the target, another is brighter elsewhere; only the bar tells."""
-    source, target = drawn(num=100), drawn(num=10, seed=1)
-    source[::5, :, :4] += 3
-    source[1::5, :, 4:] += 3
-    target[:, :, :4] += 3
-    transfer = fitted(target, source)
-    assert set(transfer.nearest(source, 20).tolist()) == set(range(0, 100, 5))
-    order = transfer.nearest(source, 100)
-    assert torch.equal(order[:20], transfer.nearest(source, 20)), "nearest first"
-    assert sorted(order.tolist()) == list(range(100))
-    new = drawn(num=20, seed=3)
-    new[7:9, :, :4] += 3
-    assert set(transfer.nearest(new, 2).tolist()) == {7, 8}
-
-
-def test_which_pictures_are_near_does_not_depend_on_the_basis():
-    source, target = drawn(num=60), drawn(10, scale=[1.0, 0.2, 3, 0.5], shift=[0.5, 0, 1, 0], seed=1)
-    skew = torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    skewed = [torch.einsum("bchw,cd->bdhw", pictures, skew) for pictures in (target, source)]
-    order = fitted(target, source).nearest(source, 60)
-    assert torch.equal(fitted(*skewed).nearest(skewed[1], 60), order)
-
-
 def test_one_value_a_picture_with_its_gradient():
     source = drawn()
     transfer = fitted(drawn(10, scale=0.3, seed=1), source)
@@ -196,5 +172,3 @@ def test_what_was_not_fitted_says_so():
         DomainTransfer().error(drawn(), drawn())
     with pytest.raises(AssertionError, match="fit it first"):
         DomainTransfer().contract(drawn())
-    with pytest.raises(AssertionError, match="fit it first"):
-        DomainTransfer().nearest(drawn(), 3)

@@ -7,6 +7,7 @@ from tiny_models import KINDS
 from training_kit import UNCONDITIONAL, Log, adapt, make_images, make_prior, perturb, run
 
 from domainstudio.errors import UserError
+from domainstudio.training import deck
 from domainstudio.training.config import TrainConfig
 from domainstudio.training.methods import build_objective
 from domainstudio.training.objective import Objective, Term
@@ -195,11 +196,10 @@ def test_pairs_are_drawn_anew_from_the_source_samples_each_step(models):
     ("share", "batch", "expected"),
     [(1.0, 3, {0, 1, 2, 3, 4, 5}), (0.5, 3, {1, 3, 4}), (0.34, 3, {1, 3, 4}), (0.5, 4, {1, 2, 3, 4})],
 )
-def test_pairs_are_of_the_source_samples_nearest_to_the_training_pictures(models, share, batch, expected):
-    """At least one batch of them; `nearest` itself is tested with the transfer."""
-    model, objective = models("pixel_epsilon"), build_objective("studio", models("pixel_epsilon"), source_share=share)
-    assert objective.transfer is not None
-    objective.transfer.nearest = lambda pictures, number: torch.tensor([3, 1, 4, 2, 0, 5])[:number]
+def test_pairs_are_of_the_source_samples_nearest_to_the_training_pictures(models, monkeypatch, share, batch, expected):
+    """At least one batch of them."""
+    monkeypatch.setattr(deck, "nearest_first", lambda samples, pictures: torch.tensor([3, 1, 4, 2, 0, 5]))
+    objective = build_objective("studio", models("pixel_epsilon"), source_share=share)
     model, batches = seen(models, objective=objective, steps=12, pair_batch_size=batch)
     prior = make_prior(model).x0
     seen_rows = {i for _, pairs in batches for row in pairs for i, p in enumerate(prior) if torch.equal(row, p)}
@@ -208,13 +208,13 @@ def test_pairs_are_of_the_source_samples_nearest_to_the_training_pictures(models
 
 def test_a_third_of_the_source_samples_is_shown_by_default(models):
     assert build_objective("studio", models("pixel_epsilon")).source_share == pytest.approx(1 / 3)
-    assert build_objective("studio", models("pixel_epsilon"), transfer_weight=0.0).source_share == 1
+    assert build_objective("studio", models("pixel_epsilon"), pairing="training").source_share == 1
     assert build_objective("domainstudio", models("pixel_epsilon")).source_share == 1
 
 
-def test_without_transfer_no_source_sample_is_known_to_be_near(models):
-    with pytest.raises(UserError, match="source_share=0.5, but which source samples are nearest"):
-        build_objective("studio", models("pixel_epsilon"), transfer_weight=0.0, source_share=0.5)
+def test_training_pictures_have_no_share(models):
+    with pytest.raises(UserError, match='source_share=0.5 is of source samples in pairs; use pairing "source_samples"'):
+        build_objective("domainstudio", models("pixel_epsilon"), source_share=0.5)
 
 
 @pytest.mark.parametrize(("name", "space"), [("pixel_epsilon", "model"), ("pixel_x0", "model"), ("latent_v", "pixel")])

@@ -24,18 +24,14 @@ class DomainTransfer:
     lie about the target's mean as its own do, and all where they are far from it or its own agree (grey: in all that is
     colour). What a picture shows beyond its domain's mean stays its own.
 
-    A picture is the nearer to the target domain the smaller its inner product with what separates the domains, at each
-    place and in each direction the difference of the means in standard deviations of the source, delta, times
-    max(0, delta² - e) / (delta² + (1 + r_k) / 2); e = r_k / N + 1 / M is what N and M pictures make of it by chance.
-
     Source: the linear colour transfer of Reinhard et al. 2001, along directions chosen from both covariances, with a
-    mean for each place. The order of pictures: a linear discriminant, each number shrunk by its own evidence.
+    mean for each place.
     """
 
     def __init__(self):
         self.directions: Tensor | None = None
         self.ratio = self.weight = self.target_mean = self.source_mean = torch.zeros(0)
-        self._spread = self._contraction = self._separation = torch.zeros(0)
+        self._spread = self._contraction = torch.zeros(0)
 
     def fit(self, target: Tensor, source: Tensor) -> None:
         """Finds directions, means and weights of both domains' pictures, (N, V, C, h, w) and (M, C, h, w), M >= 2.
@@ -47,11 +43,8 @@ class DomainTransfer:
         whitening = _whitening(covariance_s)
         mean_t, whiten = _diagonalise(target, whitening)
         ratio = _held_out_ratio(target, whitening)
-        difference = (mean_s - mean_t) @ whiten
-        apart = (difference.square() - ratio / len(target) - 1 / len(source)).clamp(min=0)  # unbiased
-        weight = 1 - ratio / (1 + apart)
-        separation = difference * apart / (difference.square() + (1 + ratio) / 2)
-        self._separation = (separation @ whiten.T).to(target)
+        apart = ((mean_t - mean_s) @ whiten).square() - ratio / len(target) - 1 / len(source)  # unbiased
+        weight = 1 - ratio / (1 + apart.clamp(min=0))
         directions = torch.nn.functional.normalize(whiten, dim=0)
         self.directions, self.ratio = directions.to(target), ratio.to(target)
         self.weight = weight.clamp(min=0).to(target)
@@ -59,11 +52,6 @@ class DomainTransfer:
         spread = ratio.clamp(max=1).sqrt()
         self._spread = spread.to(target)
         self._contraction = ((whiten * spread) @ torch.linalg.inv(whiten)).to(target)
-
-    def nearest(self, pictures: Tensor, number: int) -> Tensor:
-        """Indices, (number,), of those of (N, C, h, w) that are nearest to the target domain, nearest first."""
-        assert self.directions is not None, "fit it first"
-        return (_places(pictures) * self._separation).sum((1, 2)).argsort(stable=True)[:number]
 
     def contract(self, pictures: Tensor) -> Tensor:
         """What of (B, C, h, w) the target domain lets vary: direction k times sqrt(min(1, r_k)), about 0."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from domainstudio.data.batches import batch_indices
+from domainstudio.data.nearness import nearest_first
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training.config import TrainConfig
@@ -41,7 +42,7 @@ class Deck:
     def fit(self, objective: Objective, adaptation: Adaptation) -> None:
         """Fits what an objective has of both to all of both; mirror images count where training shows them.
 
-        Batches are drawn from the objective's share of source samples from then on, but from one batch at least.
+        Of the source samples its share is shown from then on, but one batch at least.
         """
         assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -51,6 +52,6 @@ class Deck:
         pictures = torch.stack(views, 1)
         samples = self.prior.x0.to(pictures)
         objective.fit(adaptation, pictures, samples, generator)
-        if objective.transfer is not None and objective.source_share < 1:
+        if objective.source_share < 1:
             number = max(round(objective.source_share * len(samples)), self.config.pair_batch_size)
-            self.shown = objective.transfer.nearest(samples, number).to(self.shown)
+            self.shown = nearest_first(samples, pictures.flatten(0, 1))[:number].to(self.shown)

@@ -74,8 +74,8 @@ def domainstudio(
     `feature_weight` adds the same divergence of what the networks' middle blocks say of the pairs (after DomainGallery,
     NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
     `transfer_weight` holds the student, on noised source samples, to these moved to the target (`DomainTransfer`),
-    weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary, and of the source
-    samples `source_share` are shown, those nearest to the target domain.
+    weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary.
+    `source_share` in (0, 1] of the source samples is shown: those nearest to the training pictures (`nearest_first`).
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     `high_noise_mean_weight` is that of the part which a wrong mean of a channel makes (`mean_error`); None: the same.
@@ -107,10 +107,10 @@ def domainstudio(
                 "method studio does, or transfer_weight 0"
             )
         terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
-    elif source_share != 1:
+    if source_share != 1 and pairing != "source_samples":
         raise UserError(
-            f"source_share={source_share:g}, but which source samples are nearest to your pictures is known with "
-            "transfer_weight alone; give it a weight above 0, or leave source_share out"
+            f'source_share={source_share:g} is of source samples in pairs; use pairing "source_samples", as method '
+            "studio does, or leave source_share out"
         )
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
@@ -169,7 +169,7 @@ def studio(
     if transfer_weight is None:
         transfer_weight = 10.0 if not is_text and pairing == "source_samples" else 0.0
     if source_share is None:
-        source_share = 1 / 3 if transfer_weight else 1.0
+        source_share = 1.0 if is_text or pairing != "source_samples" else 1 / 3
     return domainstudio(
         model,
         image_weight=image_weight,

@@ -131,7 +131,7 @@ class Objective:
     transfer: DomainTransfer | None = None
     """These two are fitted before the first step to training pictures and source samples."""
     source_share: float = 1.0
-    """How many source samples steps show, in (0, 1]: those nearest to the target domain, which the transfer knows."""
+    """How many of the source samples steps show, in (0, 1]: those nearest to the training pictures."""
 
     @property
     def needs_source(self) -> bool:
@@ -150,8 +150,8 @@ class Objective:
 
     @property
     def needs_fitting(self) -> bool:
-        """Whether a term knows both domains from before the first step."""
-        return self.classifier is not None or self.transfer is not None
+        """Whether both domains have to be known before the first step."""
+        return self.classifier is not None or self.transfer is not None or self.source_share < 1
 
     def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
         """To all training pictures in all views, (N, V, C, h, w), and source samples, (M, C, h, w), in model space."""
