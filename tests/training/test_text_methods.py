@@ -613,8 +613,3 @@ def test_source_samples_are_shown_with_their_own_prompts(text_models, monkeypatc
         with adaptation.source() as source:
             expected = model.estimate(source, view.x_t, view.t, pool.prompts[rows].source).output
         torch.testing.assert_close(view.source.output, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_all_source_samples_are_shown(text_models):
-    assert build_objective("studio", text_models()).source_share == 1
-    assert build_objective("studio", text_models(), source_share=0.5).source_share == 0.5

@@ -206,12 +206,6 @@ def test_pairs_are_of_the_source_samples_nearest_to_the_training_pictures(models
     assert seen_rows == expected
 
 
-def test_a_third_of_the_source_samples_is_shown_by_default(models):
-    assert build_objective("studio", models("pixel_epsilon")).source_share == pytest.approx(1 / 3)
-    assert build_objective("studio", models("pixel_epsilon"), pairing="training").source_share == 1
-    assert build_objective("domainstudio", models("pixel_epsilon")).source_share == 1
-
-
 def test_training_pictures_have_no_share(models):
     with pytest.raises(UserError, match='is of source samples in pairs; use pairing "source_samples"'):
         build_objective("domainstudio", models("pixel_epsilon"), source_share=0.5)

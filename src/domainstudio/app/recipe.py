@@ -124,7 +124,10 @@ class Recipe(BaseModel):
         None, ge=0, description="weight of the term that moves source samples to where the training pictures lie"
     )
     source_share: float | None = Field(
-        None, gt=0, le=1, description="share of source samples that is shown: those nearest to the training pictures"
+        None,
+        gt=0,
+        le=1,
+        description="share of source samples shown: those nearest to the training pictures; default: 1",
     )
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")

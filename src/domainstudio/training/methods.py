@@ -137,7 +137,7 @@ def studio(
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
     transfer_weight: float | None = None,
-    source_share: float | None = None,
+    source_share: float = 1.0,
     pairing: Pairing = "source_samples",
     centre_pairs: bool = True,
     high_noise_weight: float | None = None,
@@ -150,8 +150,8 @@ def studio(
 ) -> Objective:
     """Our default: the paper's terms on centred pairs of noised source samples, and less weight on high noise, 0.2, but
     for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
-    training pictures lie (`transfer_weight`, 10), and of them the third is shown that is nearest to these
-    (`source_share`). Text-to-image models: 0.1 for both, no transfer, and pairs of a tenth of the weight.
+    training pictures lie (`transfer_weight`, 10). Text-to-image models: 0.1 for both, 0, and pairs of a tenth of the
+    weight.
 
     Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
     the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
@@ -168,8 +168,6 @@ def studio(
         high_noise_mean_weight = 1.0
     if transfer_weight is None:
         transfer_weight = 10.0 if not is_text and pairing == "source_samples" else 0.0
-    if source_share is None:
-        source_share = 1.0 if is_text or pairing != "source_samples" else 1 / 3
     return domainstudio(
         model,
         image_weight=image_weight,
