@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def test_all_problems_are_told_at_once(write):
     [
         ({"method": "domainstudio", "train_batch_size": 2}, "train_batch_size=2"),
         ({"pair_batch_size": 20, "num_class_images": 10}, "pair_batch_size=20"),
+        ({"nearest_class_images": 9}, "has to be at least pair_batch_size=10 and at most num_class_images=300"),
+        ({"nearest_class_images": 301}, "nearest_class_images=301 has to be"),
         ({"learning_rate": float("nan")}, "finite"),
         ({"learning_rate": 0}, "learning_rate = 0"),
         ({"torch_compile": True, "feature_weight": 1.0}, "feature_weight=1 looks inside the networks"),
@@ -137,6 +140,22 @@ def test_missing_recipe_file(tmp_path):
     assert "cannot read recipe" in problems(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [
+        ({}, 300),
+        ({"pairing": "source_samples"}, 300),
+        ({"num_class_images": 50}, 50),
+        ({"pairing": "training"}, 100),
+        ({"method": "ant"}, 100),
+        ({"method": "domainstudio", "pairing": "source_samples"}, 100),
+        ({"instance_prompt": "a portrait"}, 100),
+    ],
+)
+def test_more_source_samples_are_drawn_where_the_nearest_are_chosen(settings, number):
+    assert Recipe(instance_data_dir="x", **settings).num_class_images == number
+
+
 def test_settings_without_effect_are_warned_of():
     assert Recipe(instance_data_dir="x").warnings() == []
     (warning,) = Recipe(instance_data_dir="x", rank=4).warnings()
@@ -152,3 +171,21 @@ def test_settings_without_effect_are_warned_of():
 def test_a_recipe_cannot_be_changed():
     with pytest.raises((ValidationError, dataclasses.FrozenInstanceError)):
         Recipe(instance_data_dir="x").rank = 3
+
+
+def test_a_run_says_what_was_chosen_for_it(tmp_path, pipelines, pictures):
+    """In comments, which are settings without their first two characters."""
+    given = {"instance_data_dir": pictures, "pretrained_model_name_or_path": pipelines("pixel_epsilon")}
+    given |= {"output_dir": tmp_path / "run", **FAST, "max_train_steps": 1, "image_weight": 0.3}
+    assert domainstudio("train", *flags(**given)).code == 0
+    text = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
+    asked = build_recipe(tmp_path / "run" / "config.toml", {})
+    assert (asked.image_weight, asked.hf_weight, asked.random_flip, asked.learning_rate) == (0.3, None, None, None)
+    told = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")][1:]
+    (tmp_path / "told.toml").write_text("\n".join([*told, 'instance_data_dir = "x"']), encoding="utf-8")
+    chosen = build_recipe(tmp_path / "told.toml", {})
+    assert (chosen.hf_weight, chosen.transfer_weight, chosen.learning_rate, chosen.resolution) == (0.05, 10, 1e-4, 16)
+    assert chosen.random_flip is not None
+    assert (chosen.image_weight, chosen.nearest_class_images) == (None, None), "one is given, the other all of 4"
+    (flip,) = (line for line in told if line.startswith("random_flip"))
+    assert re.search(r"Chosen: the pictures face (both ways|one way) \(asymmetry \d\.\d\d\)$", flip)

@@ -10,7 +10,7 @@ from domainstudio.errors import UserError
 from domainstudio.models.adaptation import FullAdaptation, LoraAdaptation
 from domainstudio.training.binding import HOLD_WEIGHT, Binding, binding_loss
 from domainstudio.training.config import TrainConfig
-from domainstudio.training.methods import finetune, studio
+from domainstudio.training.methods import build_objective, finetune
 from domainstudio.training.objective import Batch, Prompts
 from domainstudio.training.observers import Checkpoints
 from domainstudio.training.state import load_checkpoint
@@ -120,7 +120,7 @@ def go(text_models, steps, binding_steps, observers=(), resume=None, adapter="lo
         model,
         adaptation,
         images,
-        studio(model),
+        build_objective("studio", model),
         TrainConfig(steps, binding_steps=binding_steps, **config),
         batch_of(model, 6),
         told(model, TARGETS, SOURCES),

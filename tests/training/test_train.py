@@ -193,22 +193,29 @@ def test_pairs_are_drawn_anew_from_the_source_samples_each_step(models):
 
 
 @pytest.mark.parametrize(
-    ("share", "batch", "expected"),
-    [(1.0, 3, {0, 1, 2, 3, 4, 5}), (0.5, 3, {1, 3, 4}), (0.34, 3, {1, 3, 4}), (0.5, 4, {1, 2, 3, 4})],
+    ("nearest", "batch", "expected"),
+    [(None, 3, {0, 1, 2, 3, 4, 5}), (6, 3, {0, 1, 2, 3, 4, 5}), (3, 3, {1, 3, 4}), (3, 4, {1, 2, 3, 4})],
 )
-def test_pairs_are_of_the_source_samples_nearest_to_the_training_pictures(models, monkeypatch, share, batch, expected):
+def test_pairs_are_of_source_samples_nearest_to_the_training_pictures(models, monkeypatch, nearest, batch, expected):
     """At least one batch of them."""
     monkeypatch.setattr(deck, "nearest_first", lambda samples, pictures: torch.tensor([3, 1, 4, 2, 0, 5]))
-    objective = build_objective("studio", models("pixel_epsilon"), source_share=share)
+    objective = build_objective("studio", models("pixel_epsilon"), nearest_class_images=nearest)
     model, batches = seen(models, objective=objective, steps=12, pair_batch_size=batch)
     prior = make_prior(model).x0
     seen_rows = {i for _, pairs in batches for row in pairs for i, p in enumerate(prior) if torch.equal(row, p)}
     assert seen_rows == expected
 
 
-def test_training_pictures_have_no_share(models):
+def test_none_of_the_training_pictures_is_left_out(models):
     with pytest.raises(UserError, match='is of source samples in pairs; use pairing "source_samples"'):
-        build_objective("domainstudio", models("pixel_epsilon"), source_share=0.5)
+        build_objective("domainstudio", models("pixel_epsilon"), nearest_class_images=3)
+
+
+def test_studio_shows_the_nearest_hundred_but_to_text_models(models, text_models):
+    for model, nearest in ((models("latent_v"), 100), (text_models("sd1_epsilon"), None)):
+        assert build_objective("studio", model).nearest == nearest
+        assert build_objective("studio", model, nearest_class_images=30).nearest == 30
+        assert build_objective("studio", model, pairing="training").nearest is None
 
 
 @pytest.mark.parametrize(("name", "space"), [("pixel_epsilon", "model"), ("pixel_x0", "model"), ("latent_v", "pixel")])

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from domainstudio.app.materials import (
     recipe_source,
     told_in_binding,
 )
-from domainstudio.app.recipe import Recipe
+from domainstudio.app.recipe import Chosen, Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain
 from domainstudio.data.symmetry import SYMMETRIC_BELOW, asymmetry
@@ -31,7 +32,7 @@ from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sharded import ShardedAdaptation
 from domainstudio.quiet import quiet
 from domainstudio.training.config import TrainConfig
-from domainstudio.training.methods import build_objective
+from domainstudio.training.methods import build_objective, method_settings
 from domainstudio.training.objective import Objective
 from domainstudio.training.optimisation import Training, find_optimizer
 from domainstudio.training.processes import Processes
@@ -44,21 +45,19 @@ def build_adaptation(model: DiffusionModel, recipe: Recipe, needs_source: bool, 
     if recipe.adapter == "full":
         kind = ShardedAdaptation if recipe.fsdp and processes.count > 1 else FullAdaptation
         return kind(model.network, keep_source=needs_source)
-    is_text = model.condition is not None
-    if is_text and recipe.mixed_precision != "no":  # the frozen weights are only ever used in that precision
-        with quiet():
+    if model.condition is not None and recipe.mixed_precision != "no":
+        with quiet():  # the frozen weights are only ever used in that precision
             model.network.to(torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float16)
-    layers = recipe.lora_layers or ("attention" if is_text else "all")
-    return LoraAdaptation(model.network, recipe.rank, recipe.scale_alpha, recipe.seed, layers)
+    return LoraAdaptation(model.network, recipe.rank, recipe.scale_alpha, recipe.seed, recipe.adapted_layers)
 
 
-def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
-    """What the recipe minimises.
+def recipe_settings(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
+    """The settings of the recipe's method: those that the recipe gives, and the method's own.
 
     Raises:
-        UserError: if a setting is given that the method or the model has no use for.
+        UserError: if one is given that the method has no use for.
     """
-    return build_objective(
+    return method_settings(
         recipe.method,
         model,
         pairing=recipe.pairing,
@@ -71,7 +70,7 @@ def recipe_objective(recipe: Recipe, model: DiffusionModel) -> Objective:
         hfmse_weight=recipe.hfmse_weight,
         feature_weight=recipe.feature_weight,
         transfer_weight=recipe.transfer_weight,
-        source_share=recipe.source_share,
+        nearest_class_images=recipe.nearest_class_images,
         space=recipe.space,
         with_prior_preservation=recipe.with_prior_preservation,
         prior_loss_weight=recipe.prior_loss_weight,
@@ -86,6 +85,8 @@ class Opened:
 
     recipe: Recipe
     """With what was chosen from the pictures."""
+    chosen: dict[str, Chosen]
+    """What the settings are that were left open."""
     accelerator: Accelerator
     model: DiffusionModel
     domain: Domain
@@ -146,7 +147,8 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
         model.add_identifier(recipe.identifier)
     domain = open_domain(recipe, model)
     pictures = open_pictures(recipe, model, domain, log)
-    objective = recipe_objective(recipe, model)
+    settings = recipe_settings(recipe, model)
+    objective = build_objective(recipe.method, model, **settings)
     find_optimizer(recipe.optimizer)
     if recipe.torch_compile:
         _find_compiler(accelerator.device)
@@ -158,22 +160,48 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
+    chosen = _chosen(recipe, model, settings)
     if recipe.random_flip is None and model.condition is None:
-        recipe = recipe.model_copy(update={"random_flip": _face_both_ways(pictures.images, log)})
-    return Opened(recipe, accelerator, model, domain, pictures, objective, prior, draws)
-
-
-def _face_both_ways(pictures: Tensor, log: Callable[[str], None]) -> bool:
-    """Whether they may be mirrored; says so."""
-    found = max(0.0, asymmetry(pictures))
-    if found < SYMMETRIC_BELOW:
+        flip = _face_both_ways(pictures.images)
+        doubt = "--no-random-flip where a mirror image would be wrong, such as of writing"
         log(
-            f"training pictures are mirrored at random: they face both ways (asymmetry {found:.2f}); "
-            "--no-random-flip where a mirror image would be wrong, such as of writing"
+            f"training pictures are mirrored at random: {flip.why}; {doubt}"
+            if flip.value
+            else f"training pictures are not mirrored: {flip.why}; --random-flip does it anyway"
         )
-        return True
-    log(f"training pictures are not mirrored: they face one way (asymmetry {found:.2f}); --random-flip does it anyway")
-    return False
+        chosen["random_flip"] = flip
+        recipe = recipe.model_copy(update={"random_flip": flip.value})
+    return Opened(recipe, chosen, accelerator, model, domain, pictures, objective, prior, draws)
+
+
+def _face_both_ways(pictures: Tensor) -> Chosen:
+    """Whether they may be mirrored."""
+    found = max(0.0, asymmetry(pictures))
+    both = found < SYMMETRIC_BELOW
+    return Chosen(both, f"the pictures face {'both ways' if both else 'one way'} (asymmetry {found:.2f})")
+
+
+def _chosen(recipe: Recipe, model: DiffusionModel, settings: dict[str, Any]) -> dict[str, Chosen]:
+    """What the recipe leaves open, but for what the pictures say."""
+    is_text = model.condition is not None
+    reason = f"method {recipe.method}{' of text-to-image models' if is_text else ''}"
+    of_text = {"with_prior_preservation", "prior_loss_weight"}
+    chosen = {
+        name: Chosen(value, reason)
+        for name, value in settings.items()
+        if value is not None and (is_text or name not in of_text)
+    }
+    if (settings.get("nearest_class_images") or 0) >= recipe.num_class_images:
+        del chosen["nearest_class_images"]  # all of them
+    chosen["resolution"] = Chosen(model.resolution, "the model's")
+    reason = "optimizer prodigy" if recipe.optimizer == "prodigy" else f"adapter {recipe.adapter}"
+    chosen["learning_rate"] = Chosen(recipe.lr, reason)
+    if recipe.adapter == "lora":
+        chosen["lora_alpha"] = Chosen(recipe.scale_alpha, "as rank")
+        chosen["lora_layers"] = Chosen(
+            recipe.adapted_layers, "text-to-image model" if is_text else "unconditional model"
+        )
+    return chosen
 
 
 def _find_compiler(device: torch.device) -> None:

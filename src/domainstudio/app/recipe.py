@@ -2,6 +2,8 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,14 @@ TEXT_DEFAULTS = {
     "num_validation_images": 8,
 }
 """Of recipes with an instance_prompt, for Stable Diffusion's size; the learning rate is 1e-4 (LoRA) or 5e-6 (full)."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a setting that the recipe leaves open is in a run, and why."""
+
+    value: object
+    why: str
 
 
 class Recipe(BaseModel):
@@ -123,16 +133,21 @@ class Recipe(BaseModel):
     transfer_weight: float | None = Field(
         None, ge=0, description="weight of the term that moves source samples to where the training pictures lie"
     )
-    source_share: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="share of source samples shown: those nearest to the training pictures; default: 1",
-    )
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")
     adversarial_steps: int | None = Field(None, ge=0, description="steps in which noise becomes harder (ant)")
-    num_class_images: int = Field(100, ge=3, description="source samples drawn once, where the method looks at any")
+    num_class_images: int = Field(
+        100,
+        ge=3,
+        description="source samples drawn once, where the method looks at any; default: 100, or 300 where the nearest "
+        "are chosen",
+    )
+    nearest_class_images: int | None = Field(
+        None,
+        ge=3,
+        description="how many of them steps show: those nearest to the training pictures; default: 100 (studio, not "
+        "text models), or all",
+    )
     pair_batch_size: int = Field(10, ge=3, description="source samples a step, where the method looks at any")
     resolution: int | None = Field(None, ge=8, description="side of the pictures; default and only choice: the model's")
     seed: int = Field(0, ge=0, description="seed of everything random")
@@ -152,9 +167,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_text_models(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("instance_prompt") is None:
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
             return given
+        if given.get("instance_prompt") is None:
+            chooses = given.get("method", "studio") == "studio" and given.get("pairing") in (None, "source_samples")
+            return {"num_class_images": 300, **given} if chooses else given
         lr = 5e-6 if given.get("adapter") == "full" else 1e-4
         lr = {} if given.get("optimizer") == "prodigy" else {"learning_rate": lr}
         chosen = {**TEXT_DEFAULTS, **lr, **{name: value for name, value in given.items() if value is not None}}
@@ -175,6 +193,13 @@ class Recipe(BaseModel):
         if self.pair_batch_size > self.num_class_images:
             raise ValueError(
                 f"pair_batch_size={self.pair_batch_size} is more than num_class_images={self.num_class_images}"
+            )
+        if (nearest := self.nearest_class_images) is not None and not (
+            self.pair_batch_size <= nearest <= self.num_class_images
+        ):
+            raise ValueError(
+                f"nearest_class_images={nearest} has to be at least pair_batch_size={self.pair_batch_size} and at most "
+                f"num_class_images={self.num_class_images}"
             )
         if (self.subject_data_dir is None) != (self.subject_prompt is None):
             raise ValueError("subject_data_dir and subject_prompt go together; give both or neither")
@@ -246,6 +271,11 @@ class Recipe(BaseModel):
         return self.rank if self.lora_alpha is None else self.lora_alpha
 
     @property
+    def adapted_layers(self) -> LoraLayers:
+        """lora_layers, or those of the kind of model where it is not given."""
+        return self.lora_layers or ("all" if self.instance_prompt is None else "attention")
+
+    @property
     def lr(self) -> float:
         """learning_rate, or the adapter's default."""
         if self.learning_rate is not None:
@@ -269,9 +299,23 @@ class Recipe(BaseModel):
             unused += [(name, "pairs are not formed of source samples") for name in names if name in given]
         return [f"{name} has no effect: {why}" for name, why in unused]
 
-    def to_toml(self) -> str:
-        """TOML that `read_recipe` reads back to an equal recipe; unset settings are left out."""
-        lines = [f"{name} = {_toml_value(value)}" for name, value in self.model_dump().items() if value is not None]
+    def to_toml(self, chosen: Mapping[str, Chosen] | None = None) -> str:
+        """TOML that `build_recipe` reads back to an equal recipe: a setting a line, and what it is.
+
+        Unset settings stay so; what was `chosen` for them is told in comments.
+        """
+        chosen = chosen or {}
+        lines = (
+            ["# Lines that begin with # are what was chosen for settings that the recipe leaves open."]
+            if chosen
+            else []
+        )
+        for name, value in self.model_dump().items():
+            what = Recipe.model_fields[name].description
+            if value is not None:
+                lines.append(f"{name} = {_toml_value(value)}  # {what}")
+            elif name in chosen:
+                lines.append(f"# {name} = {_toml_value(chosen[name].value)}  # {what}. Chosen: {chosen[name].why}")
         return "\n".join(lines) + "\n"
 
 

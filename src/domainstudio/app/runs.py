@@ -9,7 +9,7 @@ from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
 from domainstudio.app.materials import draw_source_samples
 from domainstudio.app.opened import open_recipe, train_config
-from domainstudio.app.recipe import Recipe
+from domainstudio.app.recipe import Chosen, Recipe
 from domainstudio.app.watching import Watching
 from domainstudio.data.domain import Domain
 from domainstudio.errors import UserError
@@ -49,7 +49,7 @@ def train_run(
     opened = open_recipe(recipe, accelerator, log)
     config = train_config(opened.recipe)
     processes.check_batches(**config.batches(recipe.num_class_images if opened.draws else None))
-    _begin(folder, recipe, resume, processes)
+    _begin(folder, recipe, opened.chosen, resume, processes)
     samples = None
     if opened.draws:  # drawn before an adapter is put into the network
         drawing = drawing if processes.is_main else None
@@ -76,7 +76,9 @@ def train_run(
     return folder
 
 
-def _begin(folder: RunFolder, recipe: Recipe, resume: TrainState | None, processes: Processes) -> None:
+def _begin(
+    folder: RunFolder, recipe: Recipe, chosen: dict[str, Chosen], resume: TrainState | None, processes: Processes
+) -> None:
     """Makes the folder ready for the steps to come, once every process has found that they can be done.
 
     Raises:
@@ -94,7 +96,7 @@ def _begin(folder: RunFolder, recipe: Recipe, resume: TrainState | None, process
     if resume is not None:
         drop_what_follows(folder, resume.step, recipe.max_train_steps)
     partial = folder.config.with_suffix(".partial")
-    partial.write_text(recipe.to_toml(), encoding="utf-8")
+    partial.write_text(recipe.to_toml(chosen), encoding="utf-8")
     partial.replace(folder.config)
 
 

@@ -42,7 +42,7 @@ class Deck:
     def fit(self, objective: Objective, adaptation: Adaptation) -> None:
         """Fits what an objective has of both to all of both; mirror images count where training shows them.
 
-        Of the source samples its share is shown from then on, but one batch at least.
+        As many of the source samples as it asks for are shown from then on, but one batch at least.
         """
         assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -52,6 +52,6 @@ class Deck:
         pictures = torch.stack(views, 1)
         samples = self.prior.x0.to(pictures)
         objective.fit(adaptation, pictures, samples, generator)
-        if objective.source_share < 1:
-            number = max(round(objective.source_share * len(samples)), self.config.pair_batch_size)
+        if objective.nearest is not None and objective.nearest < len(samples):
+            number = max(objective.nearest, self.config.pair_batch_size)
             self.shown = nearest_first(samples, pictures.flatten(0, 1))[:number].to(self.shown)

@@ -1,9 +1,9 @@
-"""Each method is one function that returns an Objective. docs/papers.md quotes where the weights come from."""
+"""Each method is a function that returns an Objective, and its settings. docs/papers.md quotes their sources."""
 
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ def domainstudio(
     hfmse_weight: float = 0.05,
     feature_weight: float = 0.0,
     transfer_weight: float = 0.0,
-    source_share: float = 1.0,
+    nearest_class_images: int | None = None,
     pairing: Pairing = "training",
     centre_pairs: bool = False,
     high_noise_weight: float = 1.0,
@@ -75,7 +75,8 @@ def domainstudio(
     NeurIPS 2024: features know what a picture shows, where cosines of pictures mostly know their brightness).
     `transfer_weight` holds the student, on noised source samples, to these moved to the target (`DomainTransfer`),
     weighted by `x0_weight`; pairs in the model's space then compare what the target domain lets vary.
-    `source_share` in (0, 1] of the source samples is shown: those nearest to the training pictures (`nearest_first`).
+    `nearest_class_images` of the source samples are shown: those nearest to the training pictures (`nearest_first`);
+    None: all.
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     `high_noise_mean_weight` is that of the part which a wrong mean of a channel makes (`mean_error`); None: the same.
@@ -107,10 +108,10 @@ def domainstudio(
                 "method studio does, or transfer_weight 0"
             )
         terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
-    if source_share != 1 and pairing != "source_samples":
+    if nearest_class_images is not None and pairing != "source_samples":
         raise UserError(
-            f'source_share={source_share:g} is of source samples in pairs; use pairing "source_samples", as method '
-            "studio does, or leave source_share out"
+            f"nearest_class_images={nearest_class_images} is of source samples in pairs; use pairing "
+            '"source_samples", as method studio does, or leave nearest_class_images out'
         )
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
@@ -123,69 +124,38 @@ def domainstudio(
         space=space,
         compares_features=feature_weight > 0,
         transfer=transfer,
-        source_share=source_share,
+        nearest=nearest_class_images,
     )
 
 
-ddpm_pa = domainstudio  # arXiv 2211.03264: the unconditional DomainStudio objective under its first name
+STUDIO: dict[str, Any] = {
+    "image_weight": 0.1,
+    "hf_weight": 0.05,
+    "transfer_weight": 10.0,
+    "nearest_class_images": 100,
+    "pairing": "source_samples",
+    "centre_pairs": True,
+    "high_noise_weight": 0.2,
+    "high_noise_mean_weight": 1.0,
+    "space": "model",
+    "with_prior_preservation": False,
+    "prior_target": "source",
+}
+"""Our default, as settings of `domainstudio`: the paper's terms on centred pairs of noised source samples, and less
+weight on high noise, but for the means of channels: colours come at once, composition slowly. Source samples are moved
+to where the training pictures lie, and those nearest to these are shown. docs/decisions.md says why."""
 
-
-def studio(
-    model: DiffusionModel,
-    image_weight: float | None = None,
-    hf_weight: float | None = None,
-    hfmse_weight: float = 0.05,
-    feature_weight: float = 0.0,
-    transfer_weight: float | None = None,
-    source_share: float = 1.0,
-    pairing: Pairing = "source_samples",
-    centre_pairs: bool = True,
-    high_noise_weight: float | None = None,
-    high_noise_mean_weight: float | None = None,
-    snr_gamma: float | None = None,
-    space: Space | None = "model",
-    with_prior_preservation: bool = False,
-    prior_loss_weight: float = 1.0,
-    prior_target: PriorTarget = "source",
-) -> Objective:
-    """Our default: the paper's terms on centred pairs of noised source samples, and less weight on high noise, 0.2, but
-    for the means of channels, 1: colours come at once, composition slowly. Source samples are moved to where the
-    training pictures lie (`transfer_weight`, 10). Text-to-image models: 0.1 for both, 0, and pairs of a tenth of the
-    weight.
-
-    Of a text-to-image model's source samples the student is told the target prompt. `with_prior_preservation` tells it
-    the source prompt once more, with which it is to say what the source model says: a style then reaches other prompts
-    less, and its own less, too. docs/decisions.md says why these are the defaults.
-    """
-    is_text = model.condition is not None
-    if image_weight is None:
-        image_weight = 0.01 if is_text else 0.1
-    if hf_weight is None:
-        hf_weight = 0.005 if is_text else 0.05
-    if high_noise_weight is None:
-        high_noise_weight = 0.1 if is_text else 0.2
-    if high_noise_mean_weight is None and not is_text:
-        high_noise_mean_weight = 1.0
-    if transfer_weight is None:
-        transfer_weight = 10.0 if not is_text and pairing == "source_samples" else 0.0
-    return domainstudio(
-        model,
-        image_weight=image_weight,
-        hf_weight=hf_weight,
-        hfmse_weight=hfmse_weight,
-        feature_weight=feature_weight,
-        transfer_weight=transfer_weight,
-        source_share=source_share,
-        pairing=pairing,
-        centre_pairs=centre_pairs,
-        high_noise_weight=high_noise_weight,
-        high_noise_mean_weight=high_noise_mean_weight,
-        snr_gamma=snr_gamma,
-        space=space,
-        with_prior_preservation=with_prior_preservation,
-        prior_loss_weight=prior_loss_weight,
-        prior_target=prior_target,
-    )
+STUDIO_TEXT: dict[str, Any] = STUDIO | {
+    "image_weight": 0.01,
+    "hf_weight": 0.005,
+    "transfer_weight": 0.0,
+    "nearest_class_images": None,
+    "high_noise_weight": 0.1,
+    "high_noise_mean_weight": None,
+}
+"""The same for text-to-image models. Of source samples the student is told the target prompt;
+`with_prior_preservation` tells it the source prompt once more, with which it is to say what the source model says: a
+style then reaches other prompts less, and its own less, too."""
 
 
 def erase_identifier(model: DiffusionModel) -> Objective:
@@ -260,27 +230,44 @@ def ant(model: DiffusionModel, similarity_weight: float = 5.0, adversarial_steps
     )
 
 
+def method_settings(method: Method, model: DiffusionModel, **settings) -> dict[str, Any]:
+    """Every setting of a method by name, with the method's own value where it is not given, or None.
+
+    Raises:
+        UserError: if a setting is given to a method that has no such term.
+    """
+    parameters = inspect.signature(_BUILDERS[method]).parameters
+    given = {name: value for name, value in settings.items() if value is not None}
+    if unknown := [name for name in given if name not in parameters]:
+        raise UserError(f"method {method} has no {', '.join(unknown)}; remove it, or use method domainstudio or studio")
+    if given.get("pairing") == "none":
+        raise UserError(f'pairing "none" leaves method {method} without its pairs; use method finetune')
+    own = {name: parameter.default for name, parameter in parameters.items() if name != "model"}
+    if method == "studio":
+        own |= STUDIO if model.condition is None else STUDIO_TEXT
+        if given.get("pairing") == "training":
+            own |= {"transfer_weight": 0.0, "nearest_class_images": None}  # which are of source samples
+    return own | given
+
+
 def build_objective(method: Method, model: DiffusionModel, **settings) -> Objective:
     """The objective of a method by name; `settings` that are None keep the method's own value.
 
     Raises:
         UserError: if a setting is given to a method that has no such term.
     """
-    builders: dict[str, Callable[..., Objective]] = {
-        "studio": studio,
-        "finetune": finetune,
-        "dreambooth": dreambooth,
-        "ddpm_pa": ddpm_pa,
-        "domainstudio": domainstudio,
-        "domainstudio_released": domainstudio_released,
-        "ant": ant,
-    }
-    build, given = builders[method], {name: value for name, value in settings.items() if value is not None}
-    if unknown := [name for name in given if name not in inspect.signature(build).parameters]:
-        raise UserError(f"method {method} has no {', '.join(unknown)}; remove it, or use method domainstudio or studio")
-    if given.get("pairing") == "none":
-        raise UserError(f'pairing "none" leaves method {method} without its pairs; use method finetune')
-    return build(model, **given)
+    return _BUILDERS[method](model, **method_settings(method, model, **settings))
+
+
+_BUILDERS: dict[Method, Callable[..., Objective]] = {
+    "studio": domainstudio,
+    "finetune": finetune,
+    "dreambooth": dreambooth,
+    "ddpm_pa": domainstudio,  # arXiv 2211.03264: the unconditional DomainStudio objective under its first name
+    "domainstudio": domainstudio,
+    "domainstudio_released": domainstudio_released,
+    "ant": ant,
+}
 
 
 def _denoising_terms(

@@ -130,8 +130,8 @@ class Objective:
     classifier: DomainClassifier | None = None
     transfer: DomainTransfer | None = None
     """These two are fitted before the first step to training pictures and source samples."""
-    source_share: float = 1.0
-    """How many of the source samples steps show, in (0, 1]: those nearest to the training pictures."""
+    nearest: int | None = None
+    """How many of the source samples steps show: those nearest to the training pictures; None: all."""
 
     @property
     def needs_source(self) -> bool:
@@ -151,7 +151,7 @@ class Objective:
     @property
     def needs_fitting(self) -> bool:
         """Whether both domains have to be known before the first step."""
-        return self.classifier is not None or self.transfer is not None or self.source_share < 1
+        return self.classifier is not None or self.transfer is not None or self.nearest is not None
 
     def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
         """To all training pictures in all views, (N, V, C, h, w), and source samples, (M, C, h, w), in model space."""
