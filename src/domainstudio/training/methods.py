@@ -231,7 +231,7 @@ def ant(model: DiffusionModel, similarity_weight: float = 5.0, adversarial_steps
 
 
 def method_settings(method: Method, model: DiffusionModel, **settings) -> dict[str, Any]:
-    """Every setting of a method by name, with the method's own value where it is not given, or None.
+    """Every setting of a method by name: those of `settings` that are not None, and the method's own values.
 
     Raises:
         UserError: if a setting is given to a method that has no such term.
