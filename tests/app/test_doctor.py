@@ -173,7 +173,7 @@ class TestDiagnosis:
         assert found.num_previews == 4  # steps 0, 50, 100, 120
         parts = {"loading": 3, "source_samples": 20, "steps": 60, "previews": 16, "watch": 9}
         assert found.seconds == {**parts, "total": 108}
-        assert "about 2 min: loading 3 s, 100 source samples 20 s, 120 steps 60 s, 4 previews 16 s" in found.render()
+        assert "about 2 min: loading 3 s, 300 source samples 20 s, 120 steps 60 s, 4 previews 16 s" in found.render()
 
     def test_what_is_not_counted_is_said(self):
         asked = recipe(erase_steps=5, stop_when_overfitting=True)
