@@ -21,7 +21,7 @@ from domainstudio.app.materials import (
     recipe_source,
     told_in_binding,
 )
-from domainstudio.app.recipe import Chosen, Recipe
+from domainstudio.app.recipe import TEXT_SETTINGS, Chosen, Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain
 from domainstudio.data.symmetry import SYMMETRIC_BELOW, asymmetry
@@ -185,11 +185,10 @@ def _chosen(recipe: Recipe, model: DiffusionModel, settings: dict[str, Any]) -> 
     """What the recipe leaves open, but for what the pictures say."""
     is_text = model.condition is not None
     reason = f"method {recipe.method}{' of text-to-image models' if is_text else ''}"
-    of_text = {"with_prior_preservation", "prior_loss_weight"}
     chosen = {
         name: Chosen(value, reason)
         for name, value in settings.items()
-        if value is not None and (is_text or name not in of_text)
+        if value is not None and (is_text or name not in TEXT_SETTINGS)
     }
     if (settings.get("nearest_class_images") or 0) >= recipe.num_class_images:
         del chosen["nearest_class_images"]  # all of them

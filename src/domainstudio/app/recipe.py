@@ -283,8 +283,8 @@ class Recipe(BaseModel):
         return 1.0 if self.optimizer == "prodigy" else {"full": 1e-4, "lora": 1e-3}[self.adapter]
 
     def text_settings(self) -> list[str]:
-        """Those given that only a text-to-image model has a use for."""
-        return [name for name in _TEXT_SETTINGS if getattr(self, name) != Recipe.model_fields[name].default]
+        """Those of `TEXT_SETTINGS` that are given."""
+        return [name for name in TEXT_SETTINGS if getattr(self, name) != Recipe.model_fields[name].default]
 
     def warnings(self) -> list[str]:
         """Settings that differ from their default and have no effect."""
@@ -305,11 +305,7 @@ class Recipe(BaseModel):
         Unset settings stay so; what was `chosen` for them is told in comments.
         """
         chosen = chosen or {}
-        lines = (
-            ["# Lines that begin with # are what was chosen for settings that the recipe leaves open."]
-            if chosen
-            else []
-        )
+        lines = ["# Lines that begin with # say what was chosen for settings left open."] if chosen else []
         for name, value in self.model_dump().items():
             what = Recipe.model_fields[name].description
             if value is not None:
@@ -319,12 +315,13 @@ class Recipe(BaseModel):
         return "\n".join(lines) + "\n"
 
 
-_TEXT_SETTINGS = (
+TEXT_SETTINGS = (
     *("instance_prompt", "class_prompt", "prior_prompt", "captions", "train_text_encoder", "erase_steps"),
     "binding_steps",
     *("subject_data_dir", "subject_prompt", "subject_class_prompt"),
     *("with_prior_preservation", "prior_loss_weight", "validation_prompt", "negative_prompt", "guidance_scale"),
 )
+"""Those that only a text-to-image model has a use for."""
 
 
 def _toml_value(value: object) -> str:
