@@ -10,12 +10,15 @@ measured again, so several processes may share the work (`--domains ink`, `--see
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -28,6 +31,7 @@ from domainstudio.app.materials import open_source
 from domainstudio.app.recipe import build_recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.domain import heldout_pictures, load_domain
+from domainstudio.evaluation.cache import CACHE_VARIABLE
 from domainstudio.evaluation.evaluate import NUM_SOURCE, Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
 from domainstudio.evaluation.watch import MANY_UNADAPTED, Watch
@@ -113,7 +117,7 @@ def measure_run(
     def record(step: int, result: Row, seconds: float) -> None:
         write_row(args.results, {**key, "step": step, "seconds": round(seconds, 1)}, result)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         recipe = build_recipe(
             None,
             {
@@ -129,6 +133,14 @@ def measure_run(
         )
         measurer = Measurer(domain, at, args.num_images, record)
         train_run(recipe, observers=(measurer,))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """For a run and its cache: its seconds are those of the first run on a source, which draws source samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE_VARIABLE] = f"{folder}/cache"
+        yield folder
 
 
 def write_tables(results: Path, title: str, text: str) -> None:

@@ -31,9 +31,9 @@ from fewshot import Row, read_rows, write_row, write_tables
 from released import CLASS, STUDENT, released_steps
 from torch.utils.flop_counter import FlopCounterMode
 
-from domainstudio.app.materials import told_samples
 from domainstudio.app.memory import Peak, standing_bytes
 from domainstudio.app.opened import Opened, open_recipe, train_config
+from domainstudio.app.pool import told_samples
 from domainstudio.app.recipe import build_recipe
 from domainstudio.models.sample import starting_noise
 from domainstudio.training import train as loop

@@ -9,7 +9,6 @@ is not measured again. Needs Node.js once, for the prompts of the agreement.
 
 import argparse
 import sys
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from fewshot import (
     name_of,
     parse_entry,
     read_rows,
+    scratch_folder,
     spread,
     write_row,
     write_tables,
@@ -131,7 +131,7 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
 
     adapter = settings.get("adapter", "lora")
     only = {} if adapter == "lora" else {"lora_layers": None}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         recipe = build_recipe(
             None,
             {

@@ -1,7 +1,7 @@
 """Tiny pipelines and pictures, written for real: every test starts from folders, as users do."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +65,17 @@ def domains(pictures: Path) -> Callable[[DiffusionModel], Domain]:
     return lambda model: load_domain(pictures, model.resolution)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of what is made once for many tests: a home has other things in it, and is to be left as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What stubs see must not be taken for what networks see, nor be left in a home."""
+    """What stubs see must not be taken for what networks see."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
 

@@ -14,6 +14,8 @@ from command_line import FAST, domainstudio, flags, metrics, succeeds, tree
 from PIL import Image
 from safetensors.torch import load_file
 
+from domainstudio.evaluation.cache import CACHE_VARIABLE
+
 pytest_plugins = ("text_kit", "text_run_kit")
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -51,10 +53,13 @@ def runs(tmp_path_factory, pipelines, pictures) -> Path:
     sizes = {"train_batch_size": 5, "num_class_images": 5, "num_validation_images": 5, "watch": True}
     settings = flags(**given, **{**FAST, **sizes}, learning_rate=1e-4, random_flip=True)
     succeeds("train", *settings, "--output-dir", root / "one")
-    for name, more in (("two", []), ("parts", ["--fsdp"])):
-        result = launched("train", *settings, *more, "--output-dir", root / name)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("result: ") == 1, "the main process alone talks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(root.with_name("cache_of_two")))  # what one drew, two are to draw, too
+        for name, more in (("two", []), ("parts", ["--fsdp"])):
+            result = launched("train", *settings, *more, "--output-dir", root / name)
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.count("result: ") == 1, "the main process alone talks"
+            assert result.stderr.count("source samples are those of an earlier run") == (name == "parts")
     return root
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from text_settings import FAST_TEXT, PROMPTS
 
-from domainstudio.app import materials
+from domainstudio.app import pool
 from domainstudio.app.compare import NUM_PROMPTED
 from domainstudio.app.draw import draw_from, open_result, prompts_of
 from domainstudio.app.folder import RunFolder
@@ -102,12 +102,12 @@ class TestFolder:
         run, again = request.getfixturevalue(name), tmp_path / "again"
         shutil.copytree(run, again)
         shutil.rmtree(again / "checkpoint-4")
-        pool = tree(again / "source_samples"), (again / "source_samples.safetensors").read_bytes()
-        monkeypatch.setattr(materials, "sample", None)  # source samples are drawn once
+        drawn = tree(again / "source_samples"), (again / "source_samples.safetensors").read_bytes()
+        monkeypatch.setattr(pool, "sample", None)  # source samples are drawn once
         succeeds("train", run / "config.toml", "--output-dir", again, "--resume-from-checkpoint", "latest")
         assert metrics(run) == metrics(again)
         assert _pictures(run / "samples") == _pictures(again / "samples")
-        assert pool == (tree(again / "source_samples"), (again / "source_samples.safetensors").read_bytes())
+        assert drawn == (tree(again / "source_samples"), (again / "source_samples.safetensors").read_bytes())
         if name == "text_lora_run":
             _same_lora(run, again)
         else:
@@ -334,7 +334,7 @@ class TestSourceSamples:
         own = recipe(instance_prompt=template, prior_prompt="a {man|woman}", num_class_images=8)
         (tmp_path / "pool").mkdir()
         prompts = prior_prompts(own, UNTOLD)
-        samples = materials.draw_source_samples(RunFolder(tmp_path / "pool"), text_models(), own, prompts, None)
+        samples = pool.draw_source_samples(RunFolder(tmp_path / "pool"), text_models(), own, prompts, None)
         assert samples.source_prompts == tuple(prompts)
         assert set(samples.source_prompts) == {"a man", "a woman"}
         assert set(samples.student_prompts) == set(students)

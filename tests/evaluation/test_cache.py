@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from domainstudio.evaluation import features
-from domainstudio.evaluation.cache import FeatureCache, digest
+from domainstudio.evaluation.cache import TensorCache, digest
 from domainstudio.evaluation.evaluate import Evaluator
 from domainstudio.evaluation.protocol import Protocol
 
@@ -29,7 +29,7 @@ class Counted:
 
 @pytest.fixture
 def cache(tmp_path):
-    return FeatureCache(tmp_path / "cache")
+    return TensorCache(tmp_path / "cache")
 
 
 def test_what_is_kept_is_what_was_computed(cache):
@@ -52,6 +52,8 @@ def test_a_digest_tells_values_shape_and_type_apart():
     tensor = torch.arange(6.0)
     others = [tensor.view(2, 3), tensor.double(), tensor + 1e-6, tensor.int()]
     assert len({digest(t) for t in [tensor, *others]}) == 5
+    assert digest(torch.ones(2, dtype=torch.bfloat16)) != digest(torch.ones(2, dtype=torch.float16))
+    assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
     assert digest(torch.arange(6.0).view(2, 3).T) == digest(torch.arange(6.0).view(2, 3).T.contiguous())
 
 
@@ -68,7 +70,7 @@ def test_a_broken_file_is_computed_again(cache):
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     compute = Counted()
-    assert torch.equal(FeatureCache(tmp_path / "file/cache").get("x", (), compute), Counted()())
+    assert torch.equal(TensorCache(tmp_path / "file/cache").get("x", (), compute), Counted()())
 
 
 def test_an_error_is_not_kept(cache):
@@ -81,7 +83,7 @@ def test_an_error_is_not_kept(cache):
 
 
 def test_the_longest_unused_is_dropped(tmp_path):
-    cache = FeatureCache(tmp_path, max_bytes=250)  # each file is about 100 bytes
+    cache = TensorCache(tmp_path, max_bytes=250)  # each file is about 100 bytes
     for age, name in enumerate("ab"):
         cache.get(name, (), Counted())
         newest = max(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
@@ -99,11 +101,11 @@ def homeless() -> Path:
 
 def test_a_folder_is_named_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAINSTUDIO_CACHE", str(tmp_path / "mine"))
-    assert FeatureCache().folder == tmp_path / "mine"
+    assert TensorCache().folder == tmp_path / "mine"
     monkeypatch.delenv("DOMAINSTUDIO_CACHE")
-    assert FeatureCache().folder == Path.home() / ".cache/domainstudio"
+    assert TensorCache().folder == Path.home() / ".cache/domainstudio"
     monkeypatch.setattr(Path, "home", homeless)
-    assert FeatureCache().folder == Path(tempfile.gettempdir()) / "domainstudio"
+    assert TensorCache().folder == Path(tempfile.gettempdir()) / "domainstudio"
 
 
 @pytest.mark.usefixtures("stubs")

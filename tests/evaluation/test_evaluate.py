@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, features, metrics
-from domainstudio.evaluation.cache import FeatureCache
+from domainstudio.evaluation.cache import TensorCache
 from domainstudio.evaluation.evaluate import NO_REFERENCE, NO_SOURCE, NUM_SOURCE, Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
 
@@ -118,7 +118,7 @@ def test_pictures_that_still_look_like_the_source_are_counted():
 
 @pytest.mark.usefixtures("stubs")
 def test_with_a_cache_no_network_is_asked_twice(tmp_path, monkeypatch):
-    source, cache = pictures(NUM_SOURCE, 3) * 0.1 - 0.8, FeatureCache(tmp_path)
+    source, cache = pictures(NUM_SOURCE, 3) * 0.1 - 0.8, TensorCache(tmp_path)
     first = Evaluator(TRAINING, REFERENCE, source=source, cache=cache).evaluate(IMAGES)
     assert first.unadapted_rate is not None
     for name in ("load_lpips", "load_inception"):

@@ -23,7 +23,7 @@ from domainstudio.app.watching import readings_in
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import load_domain, read_pictures
 from domainstudio.errors import UserError
-from domainstudio.evaluation.cache import FeatureCache
+from domainstudio.evaluation.cache import TensorCache
 from domainstudio.evaluation.entry import ReportEntry
 from domainstudio.evaluation.evaluate import Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
@@ -102,7 +102,7 @@ def compare(
         landmarks = read_pictures(source_dir, resolution)
     else:
         landmarks = None if source is None else source_landmarks(source, recipes[0], seed, progress)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache(), landmarks)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, TensorCache(), landmarks)
 
     by = _Measuring(evaluator, num_images, seed, progress, captions)
     entries = []

@@ -218,6 +218,7 @@ def _told_costs(found: Diagnosis) -> list[str]:
         "watch": "the watch",
     }
     parts = [f"{titles[name]} {_duration(value)}" for name, value in found.seconds.items() if value and name in titles]
+    kept = "; later runs find these source samples" * bool(found.seconds["source_samples"])
     steps = f"{min(DRAWN_STEPS, recipe.num_inference_steps)} of {recipe.num_inference_steps} denoising steps"
     return [
         f"device   {device}",
@@ -227,7 +228,7 @@ def _told_costs(found: Diagnosis) -> list[str]:
         f"{_gb(max(0, cost.preview_bytes - cost.weights_bytes))}",
         f"a step   {_duration(cost.step_seconds)} (median of {cost.timed_steps})",
         f"in all   about {_duration(found.seconds['total'])}: {', '.join(parts)}",
-        f"         drawing is reckoned from one batch in {steps}",
+        f"         drawing is reckoned from one batch in {steps}{kept}",
         f"         not counted: {', '.join(found.not_counted())}",
         *(f"note     {note}" for note in cost.notes),
     ]

@@ -1,4 +1,4 @@
-"""What a run is made of: the source model, the few pictures with their prompts, and source samples."""
+"""What a run is made of: the source model, the few pictures, and what both models are told of pictures."""
 
 import random
 import re
@@ -6,26 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from domainstudio.app.folder import RunFolder
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.bundled import bundled_model, strip_prefix
 from domainstudio.data.captions import caption_table, draw_alternatives, fill, read_captions
-from domainstudio.data.domain import Domain, load_domain, to_pil
+from domainstudio.data.domain import Domain, load_domain
 from domainstudio.errors import UserError
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
-from domainstudio.models.sample import Progress, TextGuidance, decode, sample
 from domainstudio.training.binding import Binding
-from domainstudio.training.objective import Batch, Prompts
-from domainstudio.training.processes import ALONE, Processes
+from domainstudio.training.objective import Prompts
 
 NUM_OTHERS, OTHER_WORDS = 200, 10
 """Prompts that stand for all that users may write, and how long random words make a short one at most."""
-POOL_SEED = 500_000
-"""Added to the run's seed for source samples, so that they are far from those that results are sampled with."""
 
 
 def open_source(name_or_path: str, device: torch.device | str = "cpu", config: str | None = None) -> DiffusionModel:
@@ -148,66 +142,6 @@ def _told(recipe: Recipe, images: Tensor, captions: list[str]) -> TrainingPictur
     template, fallback = recipe.instance_prompt or "", recipe.class_prompt
     source = captions if fallback is None or "{caption}" in template else [fallback] * len(captions)
     return TrainingPictures(images, tuple(fill(template, caption) for caption in captions), tuple(source))
-
-
-@dataclass(frozen=True)
-class SourceSamples:
-    """Pictures drawn once from the source, (M, C, h, w) in model space, with their prompts (text models alone)."""
-
-    x0: Tensor
-    student_prompts: tuple[str, ...] = ()
-    source_prompts: tuple[str, ...] = ()
-
-    def encoded(self, model: DiffusionModel) -> Batch:
-        """As the loop takes them."""
-        told = Prompts(model.encode_prompts(self.student_prompts), model.encode_prompts(self.source_prompts))
-        return Batch(self.x0, told)
-
-
-def draw_source_samples(
-    folder: RunFolder,
-    model: DiffusionModel,
-    recipe: Recipe,
-    prompts: Sequence[str],
-    drawing: Progress | None,
-    processes: Processes = ALONE,
-) -> SourceSamples:
-    """The pool of source samples: drawn once a run, and kept in its folder, as pictures too.
-
-    `prompts` say what each is (text models alone). Each of `processes` draws a part, and calls this.
-    """
-    if processes.from_main(folder.prior.exists):
-        x0 = load_file(folder.prior)["x0"]
-    else:
-        x0 = processes.share(
-            recipe.num_class_images,
-            lambda rows: sample(
-                model,
-                model.network,
-                recipe.num_class_images,
-                seed=recipe.seed + POOL_SEED,
-                num_inference_steps=recipe.num_inference_steps,
-                progress=drawing,
-                guidance=TextGuidance(prompts, recipe.guidance_scale) if prompts else None,
-                pictures=rows,
-            ),
-        )
-        device = next(model.network.parameters()).device
-        images = processes.share(len(x0), lambda rows: decode(model, x0[rows.start : rows.stop], device))
-        with processes.written(folder.prior_pictures) as pictures:
-            for index, image in enumerate(to_pil(images)):
-                image.save(pictures / f"{index:03d}.png")
-        if processes.is_main:
-            partial = folder.prior.with_suffix(".partial")
-            save_file({"x0": x0}, partial)
-            partial.rename(folder.prior)
-    return told_samples(x0, recipe, prompts)
-
-
-def told_samples(x0: Tensor, recipe: Recipe, prompts: Sequence[str]) -> SourceSamples:
-    """Source samples (M, C, h, w) drawn of M `prompts` (text models alone), with what the student is told of each."""
-    template = recipe.instance_prompt or ""
-    return SourceSamples(x0, tuple(fill(template, prompt) for prompt in prompts), tuple(prompts))
 
 
 def told_in_binding(recipe: Recipe, model: DiffusionModel, prompts: Sequence[str]) -> Binding:

@@ -10,7 +10,7 @@ from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import recipe_source
 from domainstudio.app.recipe import Recipe
 from domainstudio.data.domain import heldout_pictures, load_domain, read_pictures
-from domainstudio.evaluation.cache import FeatureCache
+from domainstudio.evaluation.cache import TensorCache
 from domainstudio.evaluation.evaluate import NUM_SOURCE, Evaluation, Evaluator
 from domainstudio.evaluation.protocol import Protocol
 from domainstudio.models.model import DiffusionModel
@@ -51,7 +51,7 @@ def evaluate_pictures(
     elif (target / "config.toml").is_file():
         recipe = RunFolder(target).recipe()
         landmarks = source_landmarks(recipe_source(recipe, default_device()), recipe, seed, progress)
-    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, FeatureCache(), landmarks)
+    evaluator = Evaluator(training, reference, protocol or Protocol(), progress, TensorCache(), landmarks)
     return evaluator.evaluate(images, prompts_of(target, num_images) if is_model else ())
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.materials import (
-    SourceSamples,
     TrainingPictures,
     open_domain,
     open_pictures,
@@ -21,6 +20,7 @@ from domainstudio.app.materials import (
     recipe_source,
     told_in_binding,
 )
+from domainstudio.app.pool import SourceSamples
 from domainstudio.app.recipe import TEXT_SETTINGS, Chosen, Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain

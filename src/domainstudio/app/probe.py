@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from domainstudio.app.draw import validation_guidance
-from domainstudio.app.materials import POOL_SEED, SourceSamples, told_samples
 from domainstudio.app.memory import Peak, process_peak_bytes, standing_bytes
 from domainstudio.app.opened import Opened, open_recipe, train_config
+from domainstudio.app.pool import POOL_SEED, SourceSamples, told_samples
 from domainstudio.app.recipe import Recipe
 from domainstudio.errors import UserError, message_of
 from domainstudio.evaluation.watch import Watch

@@ -7,8 +7,8 @@ from torch import nn
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.folder import RunFolder, drop_what_follows, find_start
-from domainstudio.app.materials import draw_source_samples
 from domainstudio.app.opened import open_recipe, train_config
+from domainstudio.app.pool import draw_source_samples
 from domainstudio.app.recipe import Chosen, Recipe
 from domainstudio.app.watching import Watching
 from domainstudio.data.domain import Domain
@@ -53,7 +53,7 @@ def train_run(
     samples = None
     if opened.draws:  # drawn before an adapter is put into the network
         drawing = drawing if processes.is_main else None
-        samples = draw_source_samples(folder, opened.model, recipe, opened.prior, drawing, processes)
+        samples = draw_source_samples(folder, opened.model, recipe, opened.prior, drawing, log, processes)
     model, adaptation = opened.adapt()
     sheets = _sheets(folder, model, adaptation, recipe, processes)
     checkpoints = Checkpoints(

@@ -1,4 +1,4 @@
-"""What the metric networks saw, kept on disk by the content of the pictures, so that a second look costs little."""
+"""What was computed once, kept on disk by the content of what it was computed from."""
 
 import hashlib
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,11 +20,11 @@ def digest(tensor: Tensor) -> str:
     """Of type, shape and values."""
     values = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
-    found.update(values.numpy().tobytes())
+    found.update(values.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
-class FeatureCache:
+class TensorCache:
     """Tensors in a folder, each named by what it was computed from; the longest unused are dropped above `max_bytes`.
 
     A cache that cannot be read or written computes instead: it never changes a result or stops one.
@@ -35,21 +36,34 @@ class FeatureCache:
 
     def get(self, what: str, of: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, on the CPU. `what` says which computation; `of` digests all that it depends on."""
-        path = self.folder / f"{hashlib.sha256(' '.join((what, *of)).encode()).hexdigest()}.safetensors"
+        found = self.find(what, of)
+        if found is None:
+            found = compute().detach().cpu().contiguous()
+            self.keep(what, of, found)
+        return found
+
+    def find(self, what: str, of: tuple[str, ...]) -> Tensor | None:
+        """What was kept of it, if it was."""
+        path = self._path(what, of)
         with suppress(OSError, SafetensorError, KeyError):
-            found = load_file(path)["features"]
+            found = load_file(path)["tensor"]
             path.touch()
             return found
-        computed = compute().detach().cpu().contiguous()
-        with suppress(OSError, SafetensorError):
-            self._keep(path, computed)
-        return computed
+        return None
 
-    def _keep(self, path: Path, features: Tensor) -> None:
+    def keep(self, what: str, of: tuple[str, ...], tensor: Tensor) -> None:
+        """For `find`; the longest unused make room."""
+        with suppress(OSError, SafetensorError):
+            self._write(self._path(what, of), tensor)
+
+    def _path(self, what: str, of: tuple[str, ...]) -> Path:
+        return self.folder / f"{hashlib.sha256(' '.join((what, *of)).encode()).hexdigest()}.safetensors"
+
+    def _write(self, path: Path, tensor: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file({"features": features}, partial)
+            save_file({"tensor": tensor}, partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

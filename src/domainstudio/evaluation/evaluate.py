@@ -15,7 +15,7 @@ from torch import Tensor
 
 from domainstudio.errors import MissingWeights, UserError
 from domainstudio.evaluation import coverage, metrics
-from domainstudio.evaluation.cache import FeatureCache, digest
+from domainstudio.evaluation.cache import TensorCache, digest
 from domainstudio.evaluation.features import Progress
 from domainstudio.evaluation.foundation import DINO_PX
 from domainstudio.evaluation.pictures import Networks, Pictures
@@ -110,7 +110,7 @@ class Evaluator:
         reference: Tensor | None,
         protocol: Protocol = USUAL,
         progress: Progress | None = None,
-        cache: FeatureCache | None = None,
+        cache: TensorCache | None = None,
         source: Tensor | None = None,
     ):
         _check(training, "training")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from domainstudio.errors import MissingWeights
 from domainstudio.evaluation import features
-from domainstudio.evaluation.cache import FeatureCache, digest
+from domainstudio.evaluation.cache import TensorCache, digest
 from domainstudio.evaluation.features import Backbone, Progress
 from domainstudio.evaluation.foundation import embed_texts, load_clip_images, load_dino_images
 from domainstudio.evaluation.metrics import nearest, pairwise_lpips
@@ -35,7 +35,7 @@ class Networks:
         progress: Progress | None,
         clip: str | None = None,
         dino: str | None = None,
-        cache: FeatureCache | None = None,
+        cache: TensorCache | None = None,
         source: Tensor | None = None,
     ):
         self.training, self.px, self.progress, self.cache = training, px, progress, cache
