@@ -45,6 +45,7 @@ RECIPE_FLAGS = [
     "--pairing",
     "--centre-pairs",
     "--high-noise-weight",
+    "--high-noise-focus",
     "--high-noise-mean-weight",
     "--snr-gamma",
     "--noise-offset",

@@ -8,6 +8,7 @@ import torch
 from training_kit import UNCONDITIONAL, adapt, look_at, perturb
 
 from domainstudio.diffusion.prediction import PREDICTIONS, to_x0
+from domainstudio.diffusion.schedule import over
 from domainstudio.diffusion.weighting import level_weight
 from domainstudio.errors import UserError
 from domainstudio.training.methods import build_objective
@@ -126,7 +127,7 @@ def test_colours_have_a_weight_of_their_own_at_high_noise(models, name):
     assert low < apart < plain
     assert simple(high_noise_weight=0.05, high_noise_mean_weight=0.05) == low
     default = simple(high_noise_weight=0.2, high_noise_mean_weight=1.0)
-    assert simple("studio", transfer_weight=0.0) == default
+    assert simple("studio", transfer_weight=0.0, high_noise_focus=0.0) == default
     view = views.training
     of_means = (view.student.output - view.target).double().mean((2, 3)).square().mean(1)
     taken = (1 - level_weight(model.prediction, view.alpha, view.sigma, 0.0)) * of_means
@@ -191,12 +192,44 @@ def test_without_transfer_pairs_compare_all_there_is(models):
     assert decoded(views)[1]["image"] == paired(views)[1]["image"], "the transfer is of the model's own space"
 
 
-def test_transfer_is_of_source_samples(models):
-    model = models("pixel_epsilon")
-    with pytest.raises(UserError, match='transfer_weight=3 is of noised source samples; use pairing "source_samples"'):
-        build_objective("domainstudio", model, transfer_weight=3.0)
-    assert build_objective("studio", model, pairing="training").transfer is None
-    assert build_objective("domainstudio", model, transfer_weight=3.0, pairing="source_samples").terms[-1].weight == 3
+@pytest.mark.parametrize(
+    ("name", "value"), [("transfer_weight", 3.0), ("high_noise_focus", 0.5), ("nearest_class_images", 20)]
+)
+def test_what_looks_at_source_samples_needs_them(models, name, value):
+    model, given = models("pixel_epsilon"), {name: value}
+    told = f'{name}={value:g} looks at source samples; use pairing "source_samples", as method studio does, or leave'
+    with pytest.raises(UserError, match=told):
+        build_objective("domainstudio", model, **given)
+    with_samples = build_objective("domainstudio", model, **given, pairing="source_samples", high_noise_weight=0.5)
+    assert with_samples.needs_fitting
+    assert not build_objective("studio", model, pairing="training").needs_fitting
+
+
+def test_focus_leaves_one_sum_of_weights(models):
+    """Pictures that differ from source samples in one place: what goes there is taken from everywhere else."""
+    model = models("pixel_v")
+    adaptation = adapt(model, "full")
+    perturb(adaptation)
+    plain = build_objective("studio", model, high_noise_focus=0.0, high_noise_mean_weight=0.2)
+    views = look_at(model, adaptation, plain)
+    where = torch.zeros(views.training.x0.shape[1:])
+    where[:, :4, :4] = 1
+
+    def simple(share):
+        objective = build_objective("studio", model, high_noise_focus=share, high_noise_mean_weight=0.2)
+        if objective.focus is not None:
+            objective.focus.fit(where.expand(10, -1, -1, -1), 0 * where.expand(300, -1, -1, -1))
+        return objective.terms[0].loss(views).item()
+
+    view, high = views.training, 0.2
+    errors = (view.student.output - view.target).double().square()
+    rise = over(view.alpha.double() ** 4 / (view.alpha.double() ** 4 + view.sigma.double() ** 4), errors)
+    for share in (0.0, 0.5, 1.0):
+        at_noise = high * (1 - share + share * where / where.mean()).double().clamp(max=1 / high)
+        expected = ((at_noise + (1 - at_noise) * rise) * errors).mean().item()
+        assert simple(share) == pytest.approx(expected, rel=1e-5)
+    assert simple(0.0) == plain.terms[0].loss(views).item()
+    assert build_objective("studio", model, high_noise_weight=1.0).focus is None
 
 
 def test_all_weights_zero_is_finetuning(models):
@@ -261,13 +294,17 @@ def _slow_terms(views, prediction, method):
         snr = (training.alpha[i].double() / training.sigma[i].double()) ** 2
         weight = 1.0 if released else min(1.0, snr.item())
         hfmse += weight * (_hf(estimate) - _hf(picture.double())).square().mean().item() / len(training.t)
-    simple = 0.0
+    simple, focus = 0.0, _slow_focus(views) if ours else None
     for i, error in enumerate(training.student.output.detach().double() - training.target.double()):
-        means = error.mean((1, 2), keepdim=True)
         level = prediction, training.alpha[i].item(), training.sigma[i].item()
-        form, colour = (_level_weight(*level, weight) if ours else 1.0 for weight in (0.2, 1.0))
-        squared = form * (error - means).square() + colour * means.square()
-        simple += squared.mean().item() / len(training.t)
+        if not ours:
+            simple += error.square().mean().item() / len(training.t)
+            continue
+        for place in np.ndindex(error.shape):
+            counts = _level_weight(*level, min(1.0, 0.2 * focus[place]))
+            simple += counts * error[place].item() ** 2 / error.numel() / len(training.t)
+        colours = _level_weight(*level, 1.0) - _level_weight(*level, 0.2)
+        simple += colours * error.mean((1, 2)).square().mean().item() / len(training.t)
     hf_student, hf_source = [_hf(x) for x in student], [_hf(x) for x in source]
     return {
         "simple": simple,
@@ -276,6 +313,19 @@ def _slow_terms(views, prediction, method):
         "hfmse": hfmse,
         "transfer": transfer if ours else 0.0,
     }
+
+
+def _slow_focus(views):
+    """What each number counts of the weight at high noise, number by number."""
+    target, source = (view.x0.double().numpy() for view in (views.training, views.pairs))
+    told = np.zeros(target.shape[1:])
+    for place in np.ndindex(told.shape):
+        one, other = target[:, *place], source[:, *place]
+        within = ((one - one.mean()) ** 2).sum() + ((other - other.mean()) ** 2).sum()
+        within /= len(one) + len(other) - 2
+        apart = (one.mean() - other.mean()) ** 2
+        told[place] = max(0.0, apart - within * (1 / len(one) + 1 / len(other))) / (apart + within)
+    return told / told.mean()
 
 
 def _pooled(pictures):

@@ -207,7 +207,7 @@ def test_pairs_are_of_source_samples_nearest_to_the_training_pictures(models, mo
 
 
 def test_none_of_the_training_pictures_is_left_out(models):
-    with pytest.raises(UserError, match='is of source samples in pairs; use pairing "source_samples"'):
+    with pytest.raises(UserError, match='looks at source samples; use pairing "source_samples"'):
         build_objective("domainstudio", models("pixel_epsilon"), nearest_class_images=3)
 
 

@@ -64,6 +64,7 @@ def recipe_settings(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
         centre_pairs=recipe.centre_pairs,
         high_noise_weight=recipe.high_noise_weight,
         high_noise_mean_weight=recipe.high_noise_mean_weight,
+        high_noise_focus=recipe.high_noise_focus,
         snr_gamma=recipe.snr_gamma,
         image_weight=recipe.image_weight,
         hf_weight=recipe.hf_weight,

@@ -109,6 +109,13 @@ class Recipe(BaseModel):
     high_noise_mean_weight: float | None = Field(
         None, ge=0, le=1, description="the same of its part that wrong means of channels make, which are colours"
     )
+    high_noise_focus: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of high_noise_weight that goes to what tells the training pictures from source samples; 0: "
+        "all counts alike",
+    )
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting of the denoising error, usually 5")
     noise_offset: float = Field(0.0, ge=0, description="constant added to each channel's noise, usually 0.05")
     erase_steps: int = Field(

@@ -5,9 +5,12 @@ from torch import Tensor
 from domainstudio.losses.haar import high_frequency
 
 
-def simple_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L_simple: mean squared error of the network's output, (B, ...) -> (B,) (Ho et al. 2020, eq. 14)."""
-    return (output - target).square().flatten(1).mean(1)
+def simple_loss(output: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """L_simple: mean squared error of the network's output, (B, ...) -> (B,) (Ho et al. 2020, eq. 14).
+
+    `weight`, (B, ...), is of each number's square.
+    """
+    return (weight * (output - target).square()).flatten(1).mean(1)
 
 
 def mean_error(output: Tensor, target: Tensor) -> Tensor:

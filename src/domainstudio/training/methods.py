@@ -12,6 +12,7 @@ from domainstudio.diffusion.schedule import over
 from domainstudio.diffusion.variational import variational_bound
 from domainstudio.diffusion.weighting import level_weight, min_snr_weight, x0_weight
 from domainstudio.errors import UserError
+from domainstudio.losses.focus import DomainFocus
 from domainstudio.losses.haar import high_frequency
 from domainstudio.losses.pairwise import pairwise_divergence
 from domainstudio.losses.reconstruction import high_frequency_error, mean_error, simple_loss
@@ -59,6 +60,7 @@ def domainstudio(
     centre_pairs: bool = False,
     high_noise_weight: float = 1.0,
     high_noise_mean_weight: float | None = None,
+    high_noise_focus: float = 0.0,
     snr_gamma: float | None = None,
     space: Space | None = None,
     with_prior_preservation: bool | None = None,
@@ -80,12 +82,15 @@ def domainstudio(
     `centre_pairs` compares pictures after taking out the batch's mean picture, which un-centred cosines mostly measure.
     `high_noise_weight` in [0, 1] is L_simple's weight where all is noise (`level_weight`); 1 is L_simple as it is.
     `high_noise_mean_weight` is that of the part which a wrong mean of a channel makes (`mean_error`); None: the same.
+    `high_noise_focus` in [0, 1] is the share of high_noise_weight that goes to what tells the training pictures from
+    source samples (`DomainFocus`); of a weight of 1 there is nothing to share.
     Differs from the released code: docs/deviations.md.
     """
 
     text = model.condition is not None
     space = space or ("pixel" if text else "model")
     transfer = DomainTransfer() if transfer_weight else None
+    focus = DomainFocus(high_noise_focus) if high_noise_focus and high_noise_weight < 1 else None
     divergence = partial(pairwise_divergence, centre=centre_pairs)
 
     def of_pictures(student: Tensor, source: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ def domainstudio(
         return divergence(student, source)
 
     terms = (
-        *_denoising_terms(model, high_noise_weight, high_noise_mean_weight, snr_gamma),
+        *_denoising_terms(model, high_noise_weight, high_noise_mean_weight, focus, snr_gamma),
         Term("image", image_weight, lambda v: of_pictures(v.pairs.student_image, v.pairs.source_image)),
         Term("hf", hf_weight, lambda v: of_pictures(*_high_frequencies(v.pairs))),
         Term("hfmse", hfmse_weight, _weighted_hfmse),
@@ -102,17 +107,18 @@ def domainstudio(
     if feature_weight:
         terms += (Term("features", feature_weight, lambda v: divergence(*_features(v.pairs))),)
     if transfer is not None:
-        if pairing != "source_samples":
-            raise UserError(
-                f'transfer_weight={transfer_weight:g} is of noised source samples; use pairing "source_samples", as '
-                "method studio does, or transfer_weight 0"
-            )
         terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
-    if nearest_class_images is not None and pairing != "source_samples":
-        raise UserError(
-            f"nearest_class_images={nearest_class_images} is of source samples in pairs; use pairing "
-            '"source_samples", as method studio does, or leave nearest_class_images out'
-        )
+    if pairing != "source_samples":
+        for name, given in (
+            ("transfer_weight", transfer_weight),
+            ("high_noise_focus", high_noise_focus),
+            ("nearest_class_images", nearest_class_images),
+        ):
+            if given:
+                raise UserError(
+                    f'{name}={given:g} looks at source samples; use pairing "source_samples", as method studio does, '
+                    f"or leave {name} out"
+                )
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
         _needs_text(model, "with_prior_preservation")
@@ -124,6 +130,7 @@ def domainstudio(
         space=space,
         compares_features=feature_weight > 0,
         transfer=transfer,
+        focus=focus,
         nearest=nearest_class_images,
     )
 
@@ -137,6 +144,7 @@ STUDIO: dict[str, Any] = {
     "centre_pairs": True,
     "high_noise_weight": 0.2,
     "high_noise_mean_weight": 1.0,
+    "high_noise_focus": 1.0,
     "space": "model",
     "with_prior_preservation": False,
     "prior_target": "source",
@@ -152,6 +160,7 @@ STUDIO_TEXT: dict[str, Any] = STUDIO | {
     "nearest_class_images": None,
     "high_noise_weight": 0.1,
     "high_noise_mean_weight": None,
+    "high_noise_focus": 0.0,
 }
 """The same for text-to-image models. Of source samples the student is told the target prompt;
 `with_prior_preservation` tells it the source prompt once more, with which it is to say what the source model says: a
@@ -246,7 +255,7 @@ def method_settings(method: Method, model: DiffusionModel, **settings) -> dict[s
     if method == "studio":
         own |= STUDIO if model.condition is None else STUDIO_TEXT
         if given.get("pairing") == "training":
-            own |= {"transfer_weight": 0.0, "nearest_class_images": None}  # which are of source samples
+            own |= {"transfer_weight": 0.0, "high_noise_focus": 0.0, "nearest_class_images": None}  # of source samples
     return own | given
 
 
@@ -274,6 +283,7 @@ def _denoising_terms(
     model: DiffusionModel,
     high_noise_weight: float = 1.0,
     high_noise_mean_weight: float | None = None,
+    focus: DomainFocus | None = None,
     snr_gamma: float | None = None,
 ) -> tuple[Term, ...]:
     if high_noise_mean_weight is None:
@@ -292,14 +302,19 @@ def _denoising_terms(
     def weighted_simple(views: Views) -> Tensor:
         view = views.training
         output, target = view.student.output, view.target
-        level_of = partial(level_weight, model.prediction, view.alpha, view.sigma)
-        if snr_gamma is None:
-            weight = level_of(high_noise_weight)
-        else:
+        level_of = partial(level_weight, model.prediction)
+        if snr_gamma is not None:
             weight = min_snr_weight(model.prediction, view.alpha, view.sigma, snr_gamma)
-        loss = weight * simple_loss(output, target)
+        else:
+            weight = level_of(view.alpha, view.sigma, high_noise_weight)
+        if focus is None:
+            loss = weight * simple_loss(output, target)
+        else:
+            levels = over(view.alpha, output), over(view.sigma, output)
+            loss = simple_loss(output, target, level_of(*levels, focus.weight(high_noise_weight)))
         if high_noise_mean_weight != high_noise_weight:
-            loss = loss + (level_of(high_noise_mean_weight) - weight) * mean_error(output, target)
+            of_means = level_of(view.alpha, view.sigma, high_noise_mean_weight) - weight
+            loss = loss + of_means * mean_error(output, target)
         return loss.mean()
 
     simple = Term("simple", 1.0, weighted_simple)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from domainstudio.diffusion.prediction import target, to_noise
 from domainstudio.diffusion.schedule import add_noise
+from domainstudio.losses.focus import DomainFocus
 from domainstudio.losses.transfer import DomainTransfer
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel, Estimate, middle_block
@@ -129,7 +130,8 @@ class Objective:
     """Of gradient ascent in which the training pictures' noise becomes harder to take away (`hardest_noise`)."""
     classifier: DomainClassifier | None = None
     transfer: DomainTransfer | None = None
-    """These two are fitted before the first step to training pictures and source samples."""
+    focus: DomainFocus | None = None
+    """These three are fitted before the first step to training pictures and source samples."""
     nearest: int | None = None
     """How many of the source samples steps show: those nearest to the training pictures; None: all."""
 
@@ -151,7 +153,7 @@ class Objective:
     @property
     def needs_fitting(self) -> bool:
         """Whether both domains have to be known before the first step."""
-        return self.classifier is not None or self.transfer is not None or self.nearest is not None
+        return any(part is not None for part in (self.classifier, self.transfer, self.focus, self.nearest))
 
     def fit(self, adaptation: Adaptation, pictures: Tensor, samples: Tensor, generator: torch.Generator) -> None:
         """To all training pictures in all views, (N, V, C, h, w), and source samples, (M, C, h, w), in model space."""
@@ -159,6 +161,8 @@ class Objective:
             self.classifier.fit(adaptation, pictures.flatten(0, 1), samples, generator)
         if self.transfer is not None:
             self.transfer.fit(pictures, samples)
+        if self.focus is not None:
+            self.focus.fit(pictures.flatten(0, 1), samples)
 
     @property
     def samples_each_step(self) -> bool:
