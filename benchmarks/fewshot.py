@@ -344,28 +344,30 @@ def tables(results: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-ALL_SHOWN = f"{DEFAULT} num_class_images=100"
+ALIKE = f"{DEFAULT} high_noise_focus=0"
+ALL_SHOWN = f"{ALIKE} num_class_images=100"
 NO_PAIRS = f"{ALL_SHOWN} image_weight=0 hf_weight=0"
 NO_TRANSFER = f"{ALL_SHOWN} transfer_weight=0"
 PUBLISHED = f"{PAPER} @ 1000,2000,3000,4000,5000"
 
 
-def plan(others: str, own: str) -> list[str]:
-    """At which steps the other methods, and the default with what it is without its parts, are measured."""
+def plan(others: str, own: str, parts: str) -> list[str]:
+    """At which steps are measured: the other methods, the default, and the default without its parts."""
     return [
         *(f"{method} @ {others}" for method in METHODS[1:]),
-        *(f"{method} @ {own}" for method in (DEFAULT, ALL_SHOWN, NO_PAIRS, NO_TRANSFER)),
+        f"{DEFAULT} @ {own}",
+        *(f"{part} @ {parts}" for part in (ALIKE, ALL_SHOWN, NO_PAIRS, NO_TRANSFER)),
         PUBLISHED,
     ]
 
 
 FAR, NEAR = "100,150,200,300,400,500", "50,75,100,150"
 PLAN = {
-    "ink": plan(FAR, "150,200,225,300"),
-    "sunglasses": plan(NEAR, "75,85,100,125,150"),
-    "watercolour": plan(NEAR, "75,100,125,150"),
-    "grey": plan(NEAR, "50,75,100"),
-    "smiles": plan(FAR, "200,250,300"),
+    "ink": plan(FAR, "150,175,190,200,300", "150,200,225,300"),
+    "sunglasses": plan(NEAR, "50,60,75,100,150", "75,85,100,125,150"),
+    "watercolour": plan(NEAR, "75,100,125,150", "75,100,125,150"),
+    "grey": plan(NEAR, "50,75,100", "50,75,100"),
+    "smiles": plan(FAR, "200,250,275,300", "200,250,300"),
 }
 """What is measured where. An entry is a run of its own. Near styles take a third of the steps of far ones."""
 
