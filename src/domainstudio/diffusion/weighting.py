@@ -6,7 +6,9 @@ from domainstudio.diffusion.prediction import Prediction, v_gain
 
 
 def level_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, high_noise_weight: Tensor | float) -> Tensor:
-    """L_simple's weight at each noise level, (B, ...) as these: `high_noise_weight` where all is noise, else up to 1.
+    """L_simple's weight at each noise level: from `high_noise_weight` where all is noise to 1 where all is picture.
+
+    As alpha and sigma, (B,); or, of weights (C, h, w) of each number and levels (B, 1, 1, 1), (B, C, h, w).
 
     At high noise a network decides how a picture is composed, and ten pictures taught there are soon recited; at low
     noise it learns how they are drawn. An error of v or of a flow is weighted by

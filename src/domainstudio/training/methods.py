@@ -150,8 +150,9 @@ STUDIO: dict[str, Any] = {
     "prior_target": "source",
 }
 """Our default, as settings of `domainstudio`: the paper's terms on centred pairs of noised source samples, and less
-weight on high noise, but for the means of channels: colours come at once, composition slowly. Source samples are moved
-to where the training pictures lie, and those nearest to these are shown. docs/decisions.md says why."""
+weight on high noise, but for the means of channels and where the domains can be told apart: colours and what makes the
+domain come at once, composition slowly. Source samples are moved to where the training pictures lie, and those nearest
+to these are shown. docs/decisions.md says why."""
 
 STUDIO_TEXT: dict[str, Any] = STUDIO | {
     "image_weight": 0.01,
