@@ -23,6 +23,7 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -138,8 +139,7 @@ def measure_run(
 @contextmanager
 def scratch_folder() -> Iterator[str]:
     """For a run and its cache: its seconds are those of the first run on a source, which draws source samples."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[CACHE_VARIABLE] = f"{folder}/cache"
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {CACHE_VARIABLE: f"{folder}/cache"}):
         yield folder
 
 
