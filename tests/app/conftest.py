@@ -1,8 +1,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import FAST, flags, succeeds
+from PIL import Image
 
 Train = Callable[..., Path]
 
@@ -33,3 +35,13 @@ def lora_run(train: Train) -> Path:
 @pytest.fixture(scope="session")
 def plain_run(train: Train) -> Path:
     return train("plain", "pixel_dropout", method="finetune", num_class_images=100, pair_batch_size=10)
+
+
+@pytest.fixture
+def heldout(tmp_path) -> Path:
+    """Twelve pictures of no one else's."""
+    folder = tmp_path / "heldout"
+    folder.mkdir()
+    for index, levels in enumerate(np.random.default_rng(7).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(levels.repeat(4, axis=0).repeat(4, axis=1)).save(folder / f"{index}.png")
+    return folder

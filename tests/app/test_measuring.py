@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command_line import FAST, domainstudio, metrics, succeeds, tree
 from PIL import Image
@@ -31,16 +30,6 @@ def no_weights(monkeypatch):
         raise MissingWeights(f"the {name} weights are not here")
 
     monkeypatch.setattr(features, "find_weights", missing)
-
-
-@pytest.fixture
-def heldout(tmp_path) -> Path:
-    """Twelve pictures of no one else's."""
-    folder = tmp_path / "heldout"
-    folder.mkdir()
-    for index, levels in enumerate(np.random.default_rng(7).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
-        Image.fromarray(levels.repeat(4, axis=0).repeat(4, axis=1)).save(folder / f"{index}.png")
-    return folder
 
 
 def evaluated(*argv: object) -> dict:

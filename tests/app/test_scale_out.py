@@ -8,11 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
-from command_line import FAST, domainstudio, flags, metrics, succeeds, tree
-from PIL import Image
-from safetensors.torch import load_file
+from command_line import FAST, domainstudio, flags, same_run, succeeds
 
 from domainstudio.evaluation.cache import CACHE_VARIABLE
 
@@ -61,26 +58,6 @@ def runs(tmp_path_factory, pipelines, pictures) -> Path:
             assert result.stdout.count("result: ") == 1, "the main process alone talks"
             assert result.stderr.count("source samples are those of an earlier run") == (name == "parts")
     return root
-
-
-def same_run(one: Path, other: Path) -> None:
-    """The same files with the same numbers, but for the order of float32 sums."""
-    assert set(tree(one)) == set(tree(other))
-    for file in one.rglob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(other / file.relative_to(one))
-        assert ours.keys() == theirs.keys()
-        for name, tensor in ours.items():
-            assert (tensor - theirs[name]).abs().max() < 1e-5, (file.name, name)
-    for file in one.rglob("*.png"):
-        ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (file, other / file.relative_to(one)))
-        assert np.abs(ours - theirs).max() <= 1, file
-    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        tolerance = 1e-2 if "watch" in ours else 1e-4  # the watch sees pictures of 256 levels
-        for seen in (ours, theirs):
-            seen.update(seen.pop("watch", {}))
-            assert seen.pop("unadapted", None) is None  # a network of noise draws what cannot be told from training
-        assert ours.pop("crowded", None) == theirs.pop("crowded", None)
-        assert ours == pytest.approx(theirs, rel=tolerance, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["two", "parts"])
