@@ -346,8 +346,8 @@ def tables(results: list[Row]) -> str:
 
 ALIKE = f"{DEFAULT} high_noise_focus=0"
 ALL_SHOWN = f"{ALIKE} num_class_images=100"
-NO_PAIRS = f"{ALL_SHOWN} image_weight=0 hf_weight=0"
-NO_TRANSFER = f"{ALL_SHOWN} transfer_weight=0"
+NO_PAIRS = f"{DEFAULT} image_weight=0 hf_weight=0"
+NO_TRANSFER = f"{DEFAULT} transfer_weight=0"
 PUBLISHED = f"{PAPER} @ 1000,2000,3000,4000,5000"
 
 

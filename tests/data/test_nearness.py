@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from domainstudio.data.nearness import nearest_first
+from domainstudio.data.nearness import nearest_first, telling
 from domainstudio.evaluation.way import Way
 
 
@@ -45,3 +46,36 @@ def test_one_picture_is_enough():
     samples, pictures = with_bars()
     order = nearest_first(samples, pictures[:1])
     assert len(set(order[:20].tolist()) & set(range(0, 100, 5))) > 12
+
+
+def shifted(num, seed, shift=0.0):
+    pictures = drawn(num, seed)
+    pictures[:, :, :4] += shift
+    return pictures
+
+
+def test_what_is_the_same_in_both_tells_next_to_nothing():
+    told = telling(shifted(10, 0), shifted(300, 1))
+    assert told.min() == 0
+    assert told.mean() < 0.05
+    assert (told == 0).double().mean() == pytest.approx(0.68, abs=0.1), "but where chance does more than on average"
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(1.0, 0.5), (3.0, 0.9), (100.0, 0.9999)])
+def test_means_tell_as_far_as_they_differ(shift, expected):
+    """A shift of s standard deviations: s² / (s² + 1)."""
+    told = telling(shifted(300, 0, shift), shifted(300, 1))
+    assert told[:, :4].mean().item() == pytest.approx(expected, abs=0.02)
+    assert told[:, 4:].mean() < 0.01
+
+
+def test_both_domains_are_alike_to_what_tells_them_apart():
+    one, other = shifted(10, 0, 1.0), shifted(50, 1)
+    torch.testing.assert_close(telling(one, other), telling(other, one))
+    torch.testing.assert_close(telling(7 * one, 7 * other), telling(one, other))
+
+
+def test_what_never_varies_tells_all_or_nothing():
+    one, other = torch.ones(4, 3), torch.ones(5, 3)
+    other[:, 0] = 2
+    assert telling(one, other).tolist() == [1.0, 0.0, 0.0]

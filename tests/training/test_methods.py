@@ -218,7 +218,7 @@ def test_focus_leaves_one_sum_of_weights(models):
     def simple(share):
         objective = build_objective("studio", model, high_noise_focus=share, high_noise_mean_weight=0.2)
         if objective.focus is not None:
-            objective.focus.fit(where.expand(10, -1, -1, -1), 0 * where.expand(300, -1, -1, -1))
+            objective.focus.fit(where.expand(10, 1, -1, -1, -1), 0 * where.expand(300, -1, -1, -1))
         return objective.terms[0].loss(views).item()
 
     view, high = views.training, 0.2
@@ -319,12 +319,13 @@ def _slow_focus(views):
     """What each number counts of the weight at high noise, number by number."""
     target, source = (view.x0.double().numpy() for view in (views.training, views.pairs))
     told = np.zeros(target.shape[1:])
-    for place in np.ndindex(told.shape):
-        one, other = target[:, *place], source[:, *place]
-        within = ((one - one.mean()) ** 2).sum() + ((other - other.mean()) ** 2).sum()
-        within /= len(one) + len(other) - 2
-        apart = (one.mean() - other.mean()) ** 2
-        told[place] = max(0.0, apart - within * (1 / len(one) + 1 / len(other))) / (apart + within)
+    for channel, *place in np.ndindex(told.shape):
+        one, other = target[:, channel, *place], source[:, channel, *place]
+        ratio = target[:, channel].var(0, ddof=1).sum() / source[:, channel].var(0, ddof=1).sum()
+        chance = one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other)
+        apart = max(0.0, (one.mean() - other.mean()) ** 2 - chance)
+        of_source = other.var(ddof=1) + apart
+        told[channel, *place] = max(0.0, 1 - ratio * other.var(ddof=1) / of_source)
     return told / told.mean()
 
 

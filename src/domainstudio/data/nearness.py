@@ -2,14 +2,12 @@
 
 from torch import Tensor
 
-from domainstudio.losses.focus import telling
-
 
 def nearest_first(samples: Tensor, pictures: Tensor) -> Tensor:
     """Indices (M,) of the source samples, those first that are nearest to the domain of the pictures.
 
     Near is a small inner product with the difference of both domains' means, each number weighted by how far it tells
-    them apart (`telling`).
+    them apart beyond chance (`telling`).
 
     Args:
         samples: (M, ...) pictures of the source, M >= 2.
@@ -20,3 +18,20 @@ def nearest_first(samples: Tensor, pictures: Tensor) -> Tensor:
     source, target = samples.flatten(1).double(), pictures.flatten(1).double()
     separation = (source.mean(0) - target.mean(0)) * telling(source, target)
     return (source @ separation).argsort(stable=True)
+
+
+def telling(one: Tensor, other: Tensor) -> Tensor:
+    """How far the mean of each number tells two domains apart, beyond chance: (N, ...), (M, ...) -> (...) in [0, 1).
+
+    max(0, d - e) / (d + v): d the squared distance of its means, v its variance within the domains, and
+    e = v (1 / N + 1 / M) what so few pictures make of d by chance. Double precision; N + M >= 3.
+
+    Source: the part of a number's variance that lies between the domains, shrunk by its own evidence, as
+    `evaluation.way` uses it.
+    """
+    one, other = one.double(), other.double()
+    squares = sum((side - side.mean(0)).square().sum(0) for side in (one, other))
+    within = squares / (len(one) + len(other) - 2)
+    apart = (one.mean(0) - other.mean(0)).square()
+    chance = within * (1 / len(one) + 1 / len(other))
+    return (apart - chance).clamp(min=0) / (apart + within).clamp(min=1e-30)

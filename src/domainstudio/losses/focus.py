@@ -4,43 +4,41 @@ import torch
 from torch import Tensor
 
 
-def telling(one: Tensor, other: Tensor) -> Tensor:
-    """How far each number of a picture tells two domains apart, beyond chance: (N, ...), (M, ...) -> (...) in [0, 1).
-
-    max(0, d - e) / (d + v): d the squared distance of its means, v its variance within the domains, and
-    e = v (1 / N + 1 / M) what so few pictures make of d by chance. Double precision; N + M >= 3.
-
-    Source: the part of a number's variance that lies between the domains, shrunk by its own evidence, as
-    `evaluation.way` uses it.
-    """
-    one, other = one.double(), other.double()
-    squares = sum((side - side.mean(0)).square().sum(0) for side in (one, other))
-    within = squares / (len(one) + len(other) - 2)
-    apart = (one.mean(0) - other.mean(0)).square()
-    chance = within * (1 / len(one) + 1 / len(other))
-    return (apart - chance).clamp(min=0) / (apart + within).clamp(min=1e-30)
-
-
 class DomainFocus:
     """What each number of a picture counts at high noise, where a network decides how a picture is composed.
 
-    `share` of the weight goes to numbers by how far they tell the target domain from the source (`telling`), the rest
-    to all alike. Those are few in a near domain: what it is gets learned, and little of what ten pictures show besides.
+    `share` of `mean_weight` goes to numbers by how far they tell the target domain from the source, the rest to all
+    alike. Those are few in a near domain: what it is gets learned, and little of what ten pictures show besides.
+
+    With m_T and m_S the means and v_T and v_S the variances of a number within both domains, it tells
+
+        u = max(0, 1 - E_T (x - m_T)² / E_S (x - m_T)²) = max(0, 1 - r v_S / (v_S + d)),
+
+    d = (m_T - m_S)² less what so few pictures make of it by chance, v_T / N + v_S / M, at least 0. Ten pictures do not
+    tell each number's variance: r is the mean of v_T over that of v_S, over all places of a channel.
+
+    Source: the weights of `DomainTransfer`, along channels.
     """
 
-    def __init__(self, share: float):
-        self.share = share
-        self.part: Tensor | None = None
-        """(C, h, w), 1 on average."""
+    def __init__(self, mean_weight: float, share: float):
+        self.mean_weight, self.share = mean_weight, share
+        self.weight: Tensor | None = None
+        """(C, h, w), once fitted: `mean_weight` on average, unless numbers would count more than 1: these count 1."""
 
     def fit(self, target: Tensor, source: Tensor) -> None:
-        """To all pictures of both domains, (N, C, h, w) and (M, C, h, w)."""
-        told = telling(source, target)
+        """To all pictures of both domains, (N, V, C, h, w) and (M, C, h, w), M >= 2; V views show one picture.
+
+        One picture has no spread: it is taken to vary as the source does.
+        """
+        views, source = target.flatten(0, 1).double(), source.double()
+        num, mean_t, var_s = len(target), views.mean(0), source.var(0)
+        var_t = var_s if num == 1 else (views - mean_t).square().mean(0) * num / (num - 1)
+        apart = ((mean_t - source.mean(0)).square() - var_t / num - var_s / len(source)).clamp(min=0)
+        mean_var_t, mean_var_s = (var.mean((-2, -1), keepdim=True) for var in (var_t, var_s))
+        of_target = mean_var_t / mean_var_s.clamp(min=1e-30) * var_s
+        of_source = var_s + apart
+        told = (of_source - of_target).clamp(min=0) / of_source.clamp(min=1e-30)
         if not told.any():
             told = torch.ones_like(told)
-        self.part = (1 - self.share + self.share * told / told.mean()).to(target)
-
-    def weight(self, mean_weight: float) -> Tensor:
-        """(C, h, w): `mean_weight` on average, but for numbers that would count more than 1, and count 1."""
-        assert self.part is not None, "fit it first"
-        return (mean_weight * self.part).clamp(max=1)
+        parts = 1 - self.share + self.share * told / told.mean()
+        self.weight = (self.mean_weight * parts).clamp(max=1).to(target)

@@ -90,7 +90,7 @@ def domainstudio(
     text = model.condition is not None
     space = space or ("pixel" if text else "model")
     transfer = DomainTransfer() if transfer_weight else None
-    focus = DomainFocus(high_noise_focus) if high_noise_focus and high_noise_weight < 1 else None
+    focus = DomainFocus(high_noise_weight, high_noise_focus) if high_noise_focus and high_noise_weight < 1 else None
     divergence = partial(pairwise_divergence, centre=centre_pairs)
 
     def of_pictures(student: Tensor, source: Tensor) -> Tensor:
@@ -312,7 +312,8 @@ def _denoising_terms(
             loss = weight * simple_loss(output, target)
         else:
             levels = over(view.alpha, output), over(view.sigma, output)
-            loss = simple_loss(output, target, level_of(*levels, focus.weight(high_noise_weight)))
+            assert focus.weight is not None, "fit it first"
+            loss = simple_loss(output, target, level_of(*levels, focus.weight))
         if high_noise_mean_weight != high_noise_weight:
             of_means = level_of(view.alpha, view.sigma, high_noise_mean_weight) - weight
             loss = loss + of_means * mean_error(output, target)

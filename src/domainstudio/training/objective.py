@@ -162,7 +162,7 @@ class Objective:
         if self.transfer is not None:
             self.transfer.fit(pictures, samples)
         if self.focus is not None:
-            self.focus.fit(pictures.flatten(0, 1), samples)
+            self.focus.fit(pictures, samples)
 
     @property
     def samples_each_step(self) -> bool:
