@@ -9,18 +9,22 @@ from torch import Tensor
 
 from domainstudio.diffusion.prediction import to_noise
 from domainstudio.diffusion.schedule import over
-from domainstudio.diffusion.variational import variational_bound
-from domainstudio.diffusion.weighting import level_weight, min_snr_weight, x0_weight
 from domainstudio.errors import UserError
 from domainstudio.losses.focus import DomainFocus
-from domainstudio.losses.haar import high_frequency
 from domainstudio.losses.pairwise import pairwise_divergence
-from domainstudio.losses.reconstruction import high_frequency_error, mean_error, simple_loss
+from domainstudio.losses.reconstruction import high_frequency_error, simple_loss
 from domainstudio.losses.transfer import DomainTransfer
-from domainstudio.models.codec import PixelCodec
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training.ant import DomainClassifier
-from domainstudio.training.objective import Objective, Pairing, PriorTarget, Space, Term, View, Views
+from domainstudio.training.objective import Objective, Pairing, PriorTarget, Space, Term, Views
+from domainstudio.training.terms import (
+    denoising_terms,
+    features,
+    high_frequencies,
+    prior_error,
+    weighted_hfmse,
+    weighted_transfer_error,
+)
 
 Method = Literal["studio", "finetune", "dreambooth", "ddpm_pa", "domainstudio", "domainstudio_released", "ant"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -28,7 +32,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 def finetune(model: DiffusionModel, snr_gamma: float | None = None) -> Objective:
     """Plain fine-tuning: L_simple, and L_vlb for learned-variance models."""
-    return Objective(_denoising_terms(model, snr_gamma=snr_gamma))
+    return Objective(denoising_terms(model, snr_gamma=snr_gamma))
 
 
 def dreambooth(
@@ -42,10 +46,10 @@ def dreambooth(
     L_pr is L_simple on source samples with the source prompt.
     """
     _needs_text(model, "dreambooth")
-    terms = _denoising_terms(model, snr_gamma=snr_gamma)
+    terms = denoising_terms(model, snr_gamma=snr_gamma)
     if not with_prior_preservation:
         return Objective(terms)
-    return Objective((*terms, Term("prior", prior_loss_weight, _prior_error("picture"))), prior="picture")
+    return Objective((*terms, Term("prior", prior_loss_weight, prior_error("picture"))), prior="picture")
 
 
 def domainstudio(
@@ -99,15 +103,15 @@ def domainstudio(
         return divergence(student, source)
 
     terms = (
-        *_denoising_terms(model, high_noise_weight, high_noise_mean_weight, focus, snr_gamma),
+        *denoising_terms(model, high_noise_weight, high_noise_mean_weight, focus, snr_gamma),
         Term("image", image_weight, lambda v: of_pictures(v.pairs.student_image, v.pairs.source_image)),
-        Term("hf", hf_weight, lambda v: of_pictures(*_high_frequencies(v.pairs))),
-        Term("hfmse", hfmse_weight, _weighted_hfmse),
+        Term("hf", hf_weight, lambda v: of_pictures(*high_frequencies(v.pairs))),
+        Term("hfmse", hfmse_weight, weighted_hfmse),
     )
     if feature_weight:
-        terms += (Term("features", feature_weight, lambda v: divergence(*_features(v.pairs))),)
+        terms += (Term("features", feature_weight, lambda v: divergence(*features(v.pairs))),)
     if transfer is not None:
-        terms += (Term("transfer", transfer_weight, lambda v: _weighted_transfer_error(model, v.pairs, transfer)),)
+        terms += (Term("transfer", transfer_weight, lambda v: weighted_transfer_error(model, v.pairs, transfer)),)
     if pairing != "source_samples":
         for name, given in (
             ("transfer_weight", transfer_weight),
@@ -122,7 +126,7 @@ def domainstudio(
     preserves = text if with_prior_preservation is None else with_prior_preservation
     if preserves:
         _needs_text(model, "with_prior_preservation")
-        terms += (Term("prior", prior_loss_weight, _prior_error(prior_target)),)
+        terms += (Term("prior", prior_loss_weight, prior_error(prior_target)),)
     return Objective(
         terms,
         pairing=pairing,
@@ -202,9 +206,9 @@ def domainstudio_released(
         return pairwise_divergence(student[:3], source[:3], "source_student", "mean")
 
     terms = (
-        *_denoising_terms(model),
+        *denoising_terms(model),
         Term("image", image_weight, lambda v: first_three(v.pairs.student_image, v.pairs.source_image)),
-        Term("hf", hf_weight, lambda v: first_three(*_high_frequencies(v.pairs))),
+        Term("hf", hf_weight, lambda v: first_three(*high_frequencies(v.pairs))),
         Term("hfmse", hfmse_weight, lambda v: high_frequency_error(v.training.student_image, v.training.image).mean()),
     )
     return Objective(terms, pairing=pairing, space=space)
@@ -234,7 +238,7 @@ def ant(model: DiffusionModel, similarity_weight: float = 5.0, adversarial_steps
             noise = noise - similarity_weight * pull
         return simple_loss(noise_of(view.student.output), noise).mean()
 
-    _, *variance = _denoising_terms(model)
+    _, *variance = denoising_terms(model)
     return Objective(
         (Term("simple", 1.0, guided_simple), *variance), adversarial_steps=adversarial_steps, classifier=classifier
     )
@@ -280,96 +284,6 @@ _BUILDERS: dict[Method, Callable[..., Objective]] = {
 }
 
 
-def _denoising_terms(
-    model: DiffusionModel,
-    high_noise_weight: float = 1.0,
-    high_noise_mean_weight: float | None = None,
-    focus: DomainFocus | None = None,
-    snr_gamma: float | None = None,
-) -> tuple[Term, ...]:
-    if high_noise_mean_weight is None:
-        high_noise_mean_weight = high_noise_weight
-    if snr_gamma is not None:
-        for name, given in (
-            ("high_noise_weight", high_noise_weight),
-            ("high_noise_mean_weight", high_noise_mean_weight),
-        ):
-            if given != 1:
-                raise UserError(
-                    f"snr_gamma={snr_gamma:g} and {name}={given:g} both weight noise levels; give one of them ({name} "
-                    "1 is none)"
-                )
-
-    def weighted_simple(views: Views) -> Tensor:
-        view = views.training
-        output, target = view.student.output, view.target
-        level_of = partial(level_weight, model.prediction)
-        if snr_gamma is not None:
-            weight = min_snr_weight(model.prediction, view.alpha, view.sigma, snr_gamma)
-        else:
-            weight = level_of(view.alpha, view.sigma, high_noise_weight)
-        if focus is None:
-            loss = weight * simple_loss(output, target)
-        else:
-            levels = over(view.alpha, output), over(view.sigma, output)
-            assert focus.weight is not None, "fit it first"
-            loss = simple_loss(output, target, level_of(*levels, focus.weight))
-        if high_noise_mean_weight != high_noise_weight:
-            of_means = level_of(view.alpha, view.sigma, high_noise_mean_weight) - weight
-            loss = loss + of_means * mean_error(output, target)
-        return loss.mean()
-
-    simple = Term("simple", 1.0, weighted_simple)
-    if not model.learned_variance:
-        return (simple,)
-    if not isinstance(model.codec, PixelCodec):
-        raise UserError("learned-variance models are supported in pixel space; this one is latent")
-    alphas_cumprod = model.schedule.alphas_cumprod  # pyright: ignore[reportAttributeAccessIssue]
-
-    def bound(views: Views) -> Tensor:
-        view = views.training
-        assert view.student.variance is not None
-        estimate = view.student.x0
-        return variational_bound(view.x0, view.x_t, estimate, view.student.variance, view.t, alphas_cumprod).mean()
-
-    return simple, Term("vlb", 0.001 * len(alphas_cumprod), bound)
-
-
-def _prior_error(held_to: PriorTarget) -> Callable[[Views], Tensor]:
-    """L_pr: the student with the source prompt, held to the pictures or to the source's output."""
-
-    def error(views: Views) -> Tensor:
-        view = views.prior
-        assert view is not None
-        if held_to == "picture":
-            return simple_loss(view.student.output, view.target).mean()
-        assert view.source is not None
-        return simple_loss(view.student.output, view.source.output).mean()
-
-    return error
-
-
 def _needs_text(model: DiffusionModel, what: str) -> None:
     if model.condition is None:
         raise UserError(f"{what} needs a text-to-image model; this one is unconditional")
-
-
-def _high_frequencies(view: View) -> tuple[Tensor, Tensor]:
-    return high_frequency(view.student_image), high_frequency(view.source_image)
-
-
-def _features(view: View) -> tuple[Tensor, Tensor]:
-    assert view.student.features is not None
-    assert view.source is not None
-    assert view.source.features is not None
-    return view.student.features.to(view.x0), view.source.features.to(view.x0)
-
-
-def _weighted_transfer_error(model: DiffusionModel, view: View, transfer: DomainTransfer) -> Tensor:
-    weight = x0_weight(model.prediction, view.alpha, view.sigma)
-    return (weight * transfer.error(view.student.x0, view.x0)).mean()
-
-
-def _weighted_hfmse(views: Views) -> Tensor:
-    view = views.training
-    return (view.snr_weight * high_frequency_error(view.student_image, view.image)).mean()
