@@ -43,10 +43,10 @@ def test_a_domain_that_varies_less_tells_as_much_as_it_does_not_vary(num):
     assert part[:2].mean() < 0.1
 
 
-def test_a_domain_that_varies_more_tells_nothing_but_by_its_mean():
+def test_a_domain_that_varies_more_tells_by_its_mean_alone():
     part = told(drawn(300, 0, shift=4.0, spread=2.0), drawn(300, 1))
-    assert part[2, 4:].max() == 0
-    assert part[2, :4].mean().item() == pytest.approx(1 - 4 / 65, abs=0.02), "its shift is doubled, too"
+    assert part[2, :4].mean().item() == pytest.approx(1 - 1 / 65, abs=0.02), "its shift is doubled, too"
+    assert part[2, 4:].mean() < 0.03
 
 
 def test_views_of_a_picture_are_not_pictures_more():
@@ -54,6 +54,14 @@ def test_views_of_a_picture_are_not_pictures_more():
     focus = DomainFocus(0.2, 1.0)
     focus.fit(target[:, None].repeat(1, 2, 1, 1, 1), source)
     torch.testing.assert_close(focus.weight, weight(target, source))
+
+
+def test_views_that_say_something_else_are():
+    """Two views that have nothing in common are as good as two pictures."""
+    target, source = drawn(20, 0, 1.0), drawn(300, 1)
+    focus = DomainFocus(0.2, 1.0)
+    focus.fit(target.unflatten(0, (10, 2)), source)
+    assert (focus.weight - weight(target, source)).abs().mean() < 0.01
 
 
 def test_one_picture_tells_by_its_distance():

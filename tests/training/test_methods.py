@@ -321,7 +321,7 @@ def _slow_focus(views):
     told = np.zeros(target.shape[1:])
     for channel, *place in np.ndindex(told.shape):
         one, other = target[:, channel, *place], source[:, channel, *place]
-        ratio = target[:, channel].var(0, ddof=1).sum() / source[:, channel].var(0, ddof=1).sum()
+        ratio = min(1.0, target[:, channel].var(0, ddof=1).sum() / source[:, channel].var(0, ddof=1).sum())
         chance = one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other)
         apart = max(0.0, (one.mean() - other.mean()) ** 2 - chance)
         of_source = other.var(ddof=1) + apart

@@ -12,10 +12,12 @@ class DomainFocus:
 
     With m_T and m_S the means and v_T and v_S the variances of a number within both domains, it tells
 
-        u = max(0, 1 - E_T (x - m_T)² / E_S (x - m_T)²) = max(0, 1 - r v_S / (v_S + d)),
+        u = max(0, 1 - r v_S / (v_S + d)),
 
-    d = (m_T - m_S)² less what so few pictures make of it by chance, v_T / N + v_S / M, at least 0. Ten pictures do not
-    tell each number's variance: r is the mean of v_T over that of v_S, over all places of a channel.
+    what sets the target's pictures apart from the source's as seen from m_T, of which E_S (x - m_T)² is v_S + d and
+    E_T (x - m_T)² is v_T. d is (m_T - m_S)² less what so few pictures make of it by chance, at least 0; r is v_T / v_S,
+    at most 1: a domain that varies more tells by its mean alone. Ten pictures do not tell each number's variance: r is
+    the mean of v_T over that of v_S, over all places of a channel.
 
     Source: the weights of `DomainTransfer`, along channels.
     """
@@ -32,10 +34,14 @@ class DomainFocus:
         """
         views, source = target.flatten(0, 1).double(), source.double()
         num, mean_t, var_s = len(target), views.mean(0), source.var(0)
-        var_t = var_s if num == 1 else (views - mean_t).square().mean(0) * num / (num - 1)
-        apart = ((mean_t - source.mean(0)).square() - var_t / num - var_s / len(source)).clamp(min=0)
+        if num == 1:
+            chance_t = var_t = var_s
+        else:
+            chance_t = target.double().mean(1).var(0) / num
+            var_t = (views - mean_t).square().mean(0) + chance_t
+        apart = ((mean_t - source.mean(0)).square() - chance_t - var_s / len(source)).clamp(min=0)
         mean_var_t, mean_var_s = (var.mean((-2, -1), keepdim=True) for var in (var_t, var_s))
-        of_target = mean_var_t / mean_var_s.clamp(min=1e-30) * var_s
+        of_target = (mean_var_t / mean_var_s.clamp(min=1e-30)).clamp(max=1) * var_s
         of_source = var_s + apart
         told = (of_source - of_target).clamp(min=0) / of_source.clamp(min=1e-30)
         if not told.any():
