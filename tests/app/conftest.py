@@ -37,11 +37,10 @@ def plain_run(train: Train) -> Path:
     return train("plain", "pixel_dropout", method="finetune", num_class_images=100, pair_batch_size=10)
 
 
-@pytest.fixture
-def heldout(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory) -> Path:
     """Twelve pictures of no one else's."""
-    folder = tmp_path / "heldout"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("heldout")
     for index, levels in enumerate(np.random.default_rng(7).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(levels.repeat(4, axis=0).repeat(4, axis=1)).save(folder / f"{index}.png")
     return folder

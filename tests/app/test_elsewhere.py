@@ -42,7 +42,7 @@ RUNS = {
 
 
 def do_elsewhere(*commands: list[str]) -> str:
-    """What they print."""
+    """What they print; all in one process."""
     given = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_DEACTIVATE_ASYNC_LOAD": "1"}  # a thread has no modes of torch
     script = [sys.executable, str(SCRIPT), json.dumps(commands)]
     result = subprocess.run(script, env={**os.environ, **given}, capture_output=True, text=True, timeout=300)
@@ -54,54 +54,51 @@ def do_here(*commands: list[str]) -> str:
     return "".join(succeeds(*command).out for command in commands)
 
 
-PLACES = {"here": do_here, "there": do_elsewhere}
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, pipelines, text_pipelines, pictures) -> Path:
-    """The same runs in two folders, `here` and `there`."""
-    root = tmp_path_factory.mktemp("runs")
+def places(tmp_path_factory, pipelines, text_pipelines, pictures, heldout) -> Path:
+    """Two folders of the same runs, of pictures drawn of one, and of what is measured of one: `here` and `there`; and a
+    run that was begun here and continued there."""
+    root = tmp_path_factory.mktemp("places")
 
-    def command(place: str, name: str) -> list[str]:
+    def training(place: str, name: str) -> list[str]:
         kind, own = RUNS[name]
         pipeline, common = (text_pipelines(kind), FAST_TEXT) if kind.startswith("sd") else (pipelines(kind), FAST)
         given = {"pretrained_model_name_or_path": pipeline, "instance_data_dir": pictures}
         return ["train", *flags(**given, output_dir=root / place / name, **{**common, **GENTLE, **own})]
 
+    drawing = flags(prompt="a portrait, <xyz>", num_images=3)
+    measuring = flags(instance_data_dir=pictures, reference_dir=heldout, num_images=6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ant, "NUM_NOISINGS", 50)  # as the script does
         patch.setattr(ant, "FIT_STEPS", 50)
-        for place, do in PLACES.items():
+        for place, do in (("here", do_here), ("there", do_elsewhere)):
             patch.setenv(CACHE_VARIABLE, str(root / f"cache_of_{place}"))
-            do(*(command(place, name) for name in RUNS))
+            commands = [training(place, name) for name in RUNS]
+            if place == "there":
+                begun = shutil.copytree(root / "here/word", root / "continued")
+                own = flags(output_dir=begun, resume_from_checkpoint="checkpoint-1")
+                commands.append(["train", str(begun / "config.toml"), *own])
+            commands.append(["sample", str(root / "here/word"), *drawing, *flags(output_dir=root / place / "drawn")])
+            commands.append(["evaluate", str(root / "here/all_weights"), *measuring, "--json"])
+            (root / place / "measured.json").write_text(do(*commands).splitlines()[-1])
     return root
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run(runs, name):
-    same_run(runs / "here" / name, runs / "there" / name, WITHIN)
+def test_a_run(places, name):
+    same_run(places / "here" / name, places / "there" / name, WITHIN)
 
 
-def test_a_run_is_continued(runs, tmp_path):
-    """From a checkpoint that the CPU wrote."""
-    run = shutil.copytree(runs / "here/word", tmp_path / "run")
-    do_elsewhere(["train", str(run / "config.toml"), *flags(output_dir=run, resume_from_checkpoint="checkpoint-1")])
-    same_run(run, runs / "there/word", WITHIN)
+def test_a_run_is_continued(places):
+    same_run(places / "continued", places / "there/word", WITHIN)
 
 
-def test_a_run_is_drawn(runs, tmp_path):
-    for place, do in PLACES.items():
-        told = flags(prompt="a portrait, <xyz>", num_images=3, output_dir=tmp_path / place)
-        do(["sample", str(runs / "here/word"), *told])
-    same_pictures(tmp_path / "here", tmp_path / "there")
+def test_a_run_is_drawn(places):
+    same_pictures(places / "here/drawn", places / "there/drawn")
 
 
-def test_a_run_is_measured(runs, pictures, heldout, tmp_path, monkeypatch):
-    run, said = str(runs / "here/all_weights"), {}
-    for place, do in PLACES.items():
-        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / place))
-        told = flags(instance_data_dir=pictures, reference_dir=heldout, num_images=6)
-        said[place] = json.loads(do(["evaluate", run, *told, "--json"]))
-    for name, ours in said["here"].items():
+def test_a_run_is_measured(places):
+    here, there = (json.loads((places / place / "measured.json").read_text()) for place in ("here", "there"))
+    for name, ours in here.items():
         close = pytest.approx(ours, rel=1e-3, abs=1e-4) if isinstance(ours, (float, list)) else ours
-        assert said["there"][name] == close, name
+        assert there[name] == close, name
