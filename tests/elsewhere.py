@@ -80,6 +80,9 @@ class There(Tensor):
 class Elsewhere(TorchDispatchMode):
     """While it is entered, tensors can be made there, and moved."""
 
+    operations = 0
+    """Done there so far."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
 
@@ -110,6 +113,7 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
     result = function(*tree_map(here, args), **tree_map(here, kwargs))
     if stays:
         return result
+    Elsewhere.operations += 1
     with torch.inference_mode(False):
         result = tree_map(lambda leaf: There(leaf) if isinstance(leaf, Tensor) else leaf, result)
         return return_and_correct_aliasing(function, args, kwargs, result) if there else result
@@ -128,8 +132,10 @@ def main(commands: list[list[str]]) -> None:
         stack.enter_context(Elsewhere())
         for argv in commands:
             print("$", *argv, file=sys.stderr)
+            before = Elsewhere.operations
             if code := cli.main(argv):
                 sys.exit(code)
+            assert Elsewhere.operations > before + 100, "it was done on the CPU"
 
 
 if __name__ == "__main__":
