@@ -7,21 +7,20 @@ A row of the picture: training pictures of a bundled domain, and what each place
 import argparse
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from domainstudio.app.materials import open_source
+from domainstudio.app.opened import open_recipe, train_config
 from domainstudio.app.pool import POOL_SEED
+from domainstudio.app.recipe import build_recipe
 from domainstudio.data.bundled import bundled_names
-from domainstudio.data.domain import load_domain, to_pil
-from domainstudio.data.symmetry import SYMMETRIC_BELOW, asymmetry
-from domainstudio.losses.focus import DomainFocus
+from domainstudio.data.domain import to_pil
 from domainstudio.models.sample import sample
-from domainstudio.training.methods import STUDIO
+from domainstudio.training.deck import Deck
+from domainstudio.training.objective import Batch
+from domainstudio.training.processes import open_accelerator
 
 SHEET = Path(__file__).parents[1] / "docs/focus.png"
-SOURCE, NUM_SOURCE, SAMPLING_STEPS = "bundled:avatars", 300, 25
 NUM_SHOWN, WHITE, GAP = 6, 0.6, 4
 """Training pictures a row; what is drawn white; pixels between pictures."""
 
@@ -34,23 +33,25 @@ def shown(weight: Tensor, side: int) -> Image.Image:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    model = open_source(SOURCE)
-    source = sample(model, model.network, NUM_SOURCE, POOL_SEED, SAMPLING_STEPS)
-    side = model.resolution
-    rows = []
+    rows, source = [], None
     for name in bundled_names("domains"):
-        images = load_domain(f"bundled:{name}", side).images
-        views = [images, images.flip(-1)] if asymmetry(images) < SYMMETRIC_BELOW else [images]
-        generator = torch.Generator().manual_seed(0)
-        pictures = torch.stack([model.codec.draw(model.codec.encode(view), generator) for view in views], 1)
-        focus = DomainFocus(STUDIO["high_noise_weight"], STUDIO["high_noise_focus"])
-        focus.fit(pictures, source)
-        weight = focus.weight
+        recipe = build_recipe(None, {"instance_data_dir": f"bundled:{name}", "watch": False})
+        opened = open_recipe(recipe, open_accelerator(recipe.mixed_precision))
+        model, images = opened.model, opened.pictures.images
+        if source is None:  # the same for all
+            seed = recipe.seed + POOL_SEED
+            source = sample(model, model.network, recipe.num_class_images, seed, recipe.num_inference_steps)
+        model, adaptation = opened.adapt()
+        Deck(model, train_config(opened.recipe), images, Batch(source), None).fit(opened.objective, adaptation)
+        assert opened.objective.focus is not None
+        weight = opened.objective.focus.weight
+        assert weight is not None
         print(
             f"{name}: mean {weight.mean():.3f}, nothing {(weight == 0).float().mean():.0%}, "
             f"more than twice the mean {(weight > 2 * weight.mean()).float().mean():.0%}, most {weight.max():.2f}"
         )
-        rows.append([*to_pil(images[:NUM_SHOWN]), shown(weight, side)])
+        rows.append([*to_pil(images[:NUM_SHOWN]), shown(weight, model.resolution)])
+    side = model.resolution
     width, height = (side + GAP) * len(rows[0]) + GAP, (side + GAP) * len(rows) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     for row, pictures in enumerate(rows):

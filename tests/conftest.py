@@ -79,11 +79,13 @@ def no_shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(autouse=True)
-def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def quick_classifier() -> Iterator[None]:
     """Tests fit the classifier of method ant to fewer examples."""
-    monkeypatch.setattr(ant, "NUM_NOISINGS", 50)
-    monkeypatch.setattr(ant, "FIT_STEPS", 50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ant, "NUM_NOISINGS", 50)
+        patch.setattr(ant, "FIT_STEPS", 50)
+        yield
 
 
 @pytest.fixture

@@ -98,7 +98,9 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
     else:
         stays = asked.type != ELSEWHERE.type if asked is not None else not there
     if function not in MOVES:
-        met = tensors[:1] if function in INDEXING and there else tensors  # indices may come from the CPU
+        met = tensors
+        if function in INDEXING:  # whose indices, the second argument, may come from the CPU to a tensor that is there
+            met = [leaf for leaf in tree_leaves((args[0], args[2:])) if isinstance(leaf, Tensor)]
         if there and any(not isinstance(tensor, There) and tensor.dim() for tensor in met):
             places = [(tensor.device.type, tuple(tensor.shape)) for tensor in tensors]
             raise RuntimeError(f"{function}: tensors on two devices, {places}")
@@ -123,12 +125,11 @@ def main(commands: list[list[str]]) -> None:
     from domainstudio.app import cli, compare, draw, measure
     from domainstudio.training import ant
 
+    ant.NUM_NOISINGS = ant.FIT_STEPS = 50  # as in conftest.py
     with ExitStack() as stack:
         for module in (draw, compare, measure):
             stack.enter_context(patch.object(module, "default_device", lambda: ELSEWHERE))
         stack.enter_context(patch.object(Accelerator, "device", ELSEWHERE))
-        for name in ("NUM_NOISINGS", "FIT_STEPS"):
-            stack.enter_context(patch.object(ant, name, 50))  # as in all tests
         stack.enter_context(Elsewhere())
         for argv in commands:
             print("$", *argv, file=sys.stderr)

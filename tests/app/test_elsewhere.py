@@ -17,7 +17,6 @@ from text_settings import FAST_TEXT
 from torch.utils import backend_registration
 
 from domainstudio.evaluation.cache import CACHE_VARIABLE
-from domainstudio.training import ant
 
 pytest_plugins = ("text_kit",)
 pytestmark = pytest.mark.skipif(
@@ -69,8 +68,6 @@ def places(tmp_path_factory, pipelines, text_pipelines, pictures, heldout) -> Pa
     drawing = flags(prompt="a portrait, <xyz>", num_images=3)
     measuring = flags(instance_data_dir=pictures, reference_dir=heldout, num_images=6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ant, "NUM_NOISINGS", 50)  # as the script does
-        patch.setattr(ant, "FIT_STEPS", 50)
         for place, do in (("here", do_here), ("there", do_elsewhere)):
             patch.setenv(CACHE_VARIABLE, str(root / f"cache_of_{place}"))
             commands = [training(place, name) for name in RUNS]
