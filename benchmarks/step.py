@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewshot import Row, read_rows, write_row, write_tables
 from released import CLASS, STUDENT, released_steps
+from rows import Row, read_rows, write_row, write_tables
 from torch.utils.flop_counter import FlopCounterMode
 
 from domainstudio.app.memory import Peak, standing_bytes

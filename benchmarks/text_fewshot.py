@@ -13,23 +13,9 @@ import time
 from functools import cache
 from pathlib import Path
 
-from fewshot import (
-    COPY_ALLOWANCE,
-    DEFAULT,
-    NUMBERS,
-    UNWATCHED,
-    Row,
-    by_step,
-    honest,
-    mean_of,
-    name_of,
-    parse_entry,
-    read_rows,
-    scratch_folder,
-    spread,
-    write_row,
-    write_tables,
-)
+from fewshot import NUMBERS, UNWATCHED, scratch_folder
+from rows import Row, by_step, mean_of, name_of, parse_entry, read_rows, spread, write_row, write_tables
+from standing import COPY_ALLOWANCE, DEFAULT, honest
 from torch import Tensor
 
 from domainstudio.app.draw import draw_from, negative_prompt
@@ -112,6 +98,7 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
     key = {"domain": domain, "name": name_of(method, settings), "seed": seed}
     started = [time.perf_counter()]
     instance_prompt = f"{{caption}}, {NEW_WORD if method == DEFAULT else RARE_WORD}"
+    is_recipe = method.endswith(".toml")
 
     def watch(event: StepEvent) -> None:
         if event.step not in at:
@@ -133,8 +120,9 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
     only = {} if adapter == "lora" else {"lora_layers": None}
     with scratch_folder() as folder:
         recipe = build_recipe(
-            None,
+            ROOT / method if is_recipe else None,
             {
+                **({} if is_recipe else {"method": method}),
                 **COMMON,
                 **only,
                 "learning_rate": LEARNING_RATES[adapter],
@@ -143,7 +131,6 @@ def measure_run(domain, evaluator, prompts, method, settings, seed, steps, at, a
                 "output_dir": f"{folder}/run",
                 "instance_prompt": instance_prompt,
                 "class_prompt": CLASS_PROMPT,
-                "method": method,
                 "max_train_steps": steps,
                 "seed": seed,
                 "guidance_scale": GUIDANCE,
@@ -241,7 +228,13 @@ def gaps(rows: list[Row], real: Row) -> dict[str, float]:
     return {"gap": sum(map(abs, each)) / len(each), "gap of the mean": abs(sum(each)) / len(each)}
 
 
-METHODS = ("studio @ 300", "dreambooth @ 50,100", 'dreambooth adapter="full" @ 100')
+DOMAINGALLERY = (
+    'recipes/domaingallery.toml erase_steps=50 gradient_checkpointing=false mixed_precision="no" @ 150,250,350'
+)
+METHODS = (
+    *("studio @ 300", "dreambooth @ 50,100", 'dreambooth adapter="full" @ 100'),
+    *("finetune @ 50,100", "domainstudio @ 50,100,200", DOMAINGALLERY),
+)
 PLAN = dict.fromkeys(("watercolour", "sunglasses"), METHODS)
 """What is measured where, as in fewshot.py."""
 

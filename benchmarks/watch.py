@@ -14,7 +14,9 @@ from pathlib import Path
 
 import fewshot
 import torch
-from fewshot import COPY_ALLOWANCE, NUM_WATCHED, PLAN, SOURCE, Row, read_rows, wanted, write_row, write_tables
+from fewshot import NUM_WATCHED, PLAN, SOURCE
+from rows import Row, read_rows, write_row, write_tables
+from standing import COPY_ALLOWANCE, wanted
 
 from domainstudio.app.materials import open_source
 from domainstudio.data.domain import heldout_pictures, load_domain
