@@ -175,13 +175,13 @@ def plan(others: str, own: str, parts: str) -> list[str]:
     ]
 
 
-FAR, NEAR = "100,150,200,300,400,500", "50,75,100,150"
+FAR, NEAR = "100,150,200,300,400,500", "25,35,50,75,100,150"
 PLAN = {
-    "ink": plan(FAR, "150,175,190,200,300", "150,200,225,300"),
-    "sunglasses": plan(NEAR, "50,60,75,100,150", "75,85,100,125,150"),
-    "watercolour": plan(NEAR, "75,100,125,150", "75,100,125,150"),
-    "grey": plan(NEAR, "50,75,100", "50,75,100"),
-    "smiles": plan(FAR, "200,250,275,300", "200,250,300"),
+    "ink": [*plan(FAR, "150,175,190,200,300", "150,200,225,300"), "finetune @ 125,200", "domainstudio @ 250,400"],
+    "sunglasses": plan(NEAR, "25,35,50,60,75,100,150", "75,85,100,125,150"),
+    "watercolour": plan(NEAR, "25,50,75,100,125,150,200", "75,100,125,150"),
+    "grey": plan(NEAR, "25,35,50,75,100,125,150", "50,75,100"),
+    "smiles": plan(FAR, "175,200,225,250,275,300", "200,250,300"),
 }
 """What is measured where. An entry is a run of its own. Near styles take a third of the steps of far ones."""
 

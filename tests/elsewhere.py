@@ -1,4 +1,5 @@
-"""A second device without one: its tensors compute on the CPU, and refuse whatever a graphics card would refuse.
+"""A second device without one: its tensors compute on the CPU, and refuse whatever a graphics card would refuse, and
+float64, which Apple's have not.
 
 As a script it runs commands of the command line there: `python elsewhere.py` with a JSON list of their arguments. In a
 process of its own, as torch is told of a device once, before the first backward pass.
@@ -116,16 +117,20 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
     if stays:
         return result
     Elsewhere.operations += 1
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+        raise TypeError(f"{function}: float64, which is not elsewhere")
     with torch.inference_mode(False):
         result = tree_map(lambda leaf: There(leaf) if isinstance(leaf, Tensor) else leaf, result)
         return return_and_correct_aliasing(function, args, kwargs, result) if there else result
 
 
 def main(commands: list[list[str]]) -> None:
+    from domainstudio import precision
     from domainstudio.app import cli, compare, draw, measure
     from domainstudio.training import ant
 
     ant.NUM_NOISINGS = ant.FIT_STEPS = 50  # as in conftest.py
+    precision.WITHOUT_DOUBLE.add(ELSEWHERE.type)
     with ExitStack() as stack:
         for module in (draw, compare, measure):
             stack.enter_context(patch.object(module, "default_device", lambda: ELSEWHERE))

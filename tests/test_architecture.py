@@ -7,10 +7,10 @@ from pathlib import Path
 import domainstudio
 
 ROOT = Path(domainstudio.__file__).parent
-ORDER = "__init__ errors quiet|diffusion losses|models data|training|evaluation|app|__main__"
+ORDER = "__init__ errors precision quiet|diffusion losses|models data|training|evaluation|app|__main__"
 RANK = {room: rank for rank, rooms in enumerate(ORDER.split("|")) for room in rooms.split()}
 THIRD_PARTIES = {  # where each may be imported; any other, torchmetrics for one, nowhere
-    "torch": ("diffusion/", "losses/", "models/", "data/", "training/", "evaluation/", "app/"),
+    "torch": ("precision.py", "diffusion/", "losses/", "models/", "data/", "training/", "evaluation/", "app/"),
     "numpy": ("models/", "data/", "training/", "evaluation/", "app/"),
     "safetensors": ("models/", "training/", "evaluation/cache.py", "app/"),
     "diffusers": ("models/", "quiet.py"),

@@ -1,7 +1,7 @@
 """What a graphics card would refuse, without one: the command line on a second device (elsewhere.py), and on the CPU.
 
-There, nothing may meet that lies on two devices, and randomness has to come from the CPU; the results are those of the
-CPU, but for the order of float32 sums.
+There, nothing may meet that lies on two devices, randomness has to come from the CPU, and there is no float64; the
+results are those of the CPU, but for the order of float32 sums.
 """
 
 import json

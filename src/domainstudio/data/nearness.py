@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from domainstudio.precision import double
+
 
 def nearest_first(samples: Tensor, pictures: Tensor) -> Tensor:
     """Indices (M,) of the source samples, those first that are nearest to the domain of the pictures.
@@ -15,7 +17,7 @@ def nearest_first(samples: Tensor, pictures: Tensor) -> Tensor:
 
     Source: a linear discriminant of independent numbers.
     """
-    source, target = samples.flatten(1).double(), pictures.flatten(1).double()
+    source, target = double(samples.flatten(1)), double(pictures.flatten(1))
     separation = (source.mean(0) - target.mean(0)) * telling(source, target)
     return (source @ separation).argsort(stable=True)
 
@@ -29,7 +31,7 @@ def telling(one: Tensor, other: Tensor) -> Tensor:
     Source: the part of a number's variance that lies between the domains, shrunk by its own evidence, as
     `evaluation.way` uses it.
     """
-    one, other = one.double(), other.double()
+    one, other = double(one), double(other)
     squares = sum((side - side.mean(0)).square().sum(0) for side in (one, other))
     within = squares / (len(one) + len(other) - 2)
     apart = (one.mean(0) - other.mean(0)).square()

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from domainstudio.precision import double
+
 SYMMETRIC_BELOW = 0.05
 """Of the bundled domains, those that face both ways are at 0.00 to 0.03, those that face one way at 0.10 and 0.34."""
 
@@ -18,7 +20,7 @@ def asymmetry(images: Tensor) -> float:
 
     Trap: writing covers too few pixels to be noticed.
     """
-    flat, mirrored = images.flatten(1).double(), images.flip(-1).flatten(1).double()
+    flat, mirrored = double(images.flatten(1)), double(images.flip(-1).flatten(1))
 
     def mean_product(a: Tensor, b: Tensor) -> Tensor:
         """Over pairs of two different pictures."""

@@ -8,6 +8,8 @@ reaches to its k-th nearest other in its own set.
 import torch
 from torch import Tensor
 
+from domainstudio.precision import double
+
 
 def precision(generated: Tensor, real: Tensor, k: int = 3) -> float:
     """Share, 0 to 1, of generated pictures that lie in the ball of any real one.
@@ -15,7 +17,7 @@ def precision(generated: Tensor, real: Tensor, k: int = 3) -> float:
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1 and 2.
     Trap: one outlier has a large ball and lets much in; a copier's is 1.
     """
-    return float(_inside(generated, real, k).any(dim=1).double().mean())
+    return float(double(_inside(generated, real, k).any(dim=1)).mean())
 
 
 def recall(generated: Tensor, real: Tensor, k: int = 3) -> float:
@@ -33,7 +35,7 @@ def density(generated: Tensor, real: Tensor, k: int = 5) -> float:
     Source: Naeem et al. 2020 (arXiv 2002.09797), eq. 4.
     Trap: may exceed 1, and does where pictures crowd the middle of the real ones: never read it without coverage.
     """
-    return float(_inside(generated, real, k).double().sum(dim=1).mean() / k)
+    return float(double(_inside(generated, real, k)).sum(dim=1).mean() / k)
 
 
 def coverage(generated: Tensor, real: Tensor, k: int = 5) -> float:
@@ -42,7 +44,7 @@ def coverage(generated: Tensor, real: Tensor, k: int = 5) -> float:
     Source: Naeem et al. 2020 (arXiv 2002.09797), eq. 5.
     Trap: falls where fewer are generated than are real; compare only values with the same N and M.
     """
-    return float(_inside(generated, real, k).any(dim=0).double().mean())
+    return float(double(_inside(generated, real, k).any(dim=0)).mean())
 
 
 def vendi_score(features: Tensor) -> float:
@@ -52,14 +54,14 @@ def vendi_score(features: Tensor) -> float:
     Source: Friedman and Dieng 2023 (arXiv 2210.02410), definition 3.1.
     Trap: grows with N, and noise scores high: the goal is the value of as many real pictures.
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    unit = torch.nn.functional.normalize(double(features), dim=1)
     shares = torch.linalg.svdvals(unit).square() / len(unit)  # the eigenvalues, without forming K
     return float(torch.special.entr(shares).sum().exp())
 
 
 def _inside(points: Tensor, centres: Tensor, k: int) -> Tensor:
     """(N, M): whether each point lies in the ball of each centre."""
-    points, centres = points.double(), centres.double()
+    points, centres = double(points), double(centres)
     if len(centres) <= k:
         raise ValueError(f"{len(centres)} pictures have no {k}-th nearest other; give more than {k}")
     others = torch.cdist(centres, centres).fill_diagonal_(float("inf"))

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from domainstudio.precision import double
+
 
 class Rows(Protocol):
     """Embeddings by index: a tensor (N, D), or anything that makes rows when asked, to spare memory."""
@@ -26,8 +28,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6, with unbiased covariances.
     Trap: biased upwards, the more the smaller the sets; compare only values measured with the same numbers of images.
     """
-    mean_a, factor_a = _mean_and_factor(a.double())
-    mean_b, factor_b = _mean_and_factor(b.double())
+    mean_a, factor_a = _mean_and_factor(double(a))
+    mean_b, factor_b = _mean_and_factor(double(b))
     cross = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
     distance = (mean_a - mean_b).square().sum() + factor_a.square().sum() + factor_b.square().sum() - 2 * cross
     return max(0.0, float(distance))
@@ -53,7 +55,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     mean over random subsets; the expectation is the same and the result is deterministic.
     Trap: unbiased, hence negative at times for sets that agree.
     """
-    a, b = a.double(), b.double()
+    a, b = double(a), double(b)
     within = mean_off_diagonal(_kernel(a, a)) + mean_off_diagonal(_kernel(b, b))
     return within - 2 * float(_kernel(a, b).mean())
 
@@ -79,7 +81,7 @@ def gaussian_distance(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
     Source: Jayasumana et al. 2024 (arXiv 2401.09603), eq. 4, in the biased form of its released code: never negative.
     Trap: being biased, it is above 0 for small sets of one distribution; compare only values with the same N and M.
     """
-    a, b = a.double(), b.double()
+    a, b = double(a), double(b)
 
     def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
         return (
@@ -97,7 +99,7 @@ def alignment(a: Tensor, b: Tensor) -> float:
     Source: Ruiz et al. 2023 (arXiv 2208.12242), section 4.
     Trap: a copier's is the highest of all.
     """
-    return float((a.double() @ b.double().T).mean())
+    return float((double(a) @ double(b).T).mean())
 
 
 def prompt_alignment(images: Tensor, prompts: Tensor) -> float:
@@ -106,7 +108,7 @@ def prompt_alignment(images: Tensor, prompts: Tensor) -> float:
     Source: Ruiz et al. 2023 (arXiv 2208.12242), section 4; Hessel et al. 2021 (arXiv 2104.08718).
     Trap: CLIP does not know an identifier such as "sks"; compare only values of the same prompts.
     """
-    return float((images.double() * prompts.double()).sum(1).mean())
+    return float((double(images) * double(prompts)).sum(1).mean())
 
 
 def pairwise_lpips(a: Tensor, b: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def drift(adapted: Tensor, source: Tensor) -> float:
     Source: the word and the idea are PEFT's (image generation comparison), which measures it with DINOv2 features.
     Trap: grows with guidance and fewer denoising steps; compare only values drawn with the same settings.
     """
-    return float((adapted.double() - source.double()).square().sum(1).mean())
+    return float((double(adapted) - double(source)).square().sum(1).mean())
 
 
 def nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +202,7 @@ def copy_threshold(real_nearest: Tensor, quantile: float = 0.01) -> float:
     Trap: with fewer than 1 / quantile pictures it is about their smallest distance; a held-out picture that is also a
     training picture pulls it to 0.
     """
-    return float(torch.quantile(real_nearest.double(), quantile))
+    return float(torch.quantile(double(real_nearest), quantile))
 
 
 def spread_threshold(train_distances: Tensor) -> float:
@@ -211,10 +213,10 @@ def spread_threshold(train_distances: Tensor) -> float:
 
     Trap: a rule of thumb, in no way calibrated; use `copy_threshold` wherever there are held-out pictures.
     """
-    others = train_distances.double().clone().fill_diagonal_(float("inf"))
+    others = double(train_distances).clone().fill_diagonal_(float("inf"))
     return float(others.min(dim=1).values.quantile(0.5)) / 2
 
 
 def copy_rate(nearest_values: Tensor, threshold: float) -> float:
     """Share (0 to 1) of images at most `threshold` away from their nearest training picture."""
-    return float((nearest_values <= threshold).double().mean())
+    return float(double(nearest_values <= threshold).mean())

@@ -6,6 +6,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from domainstudio.precision import double
+
 
 class Ends(NamedTuple):
     """How far apart both ends of a `Way` are, and how certain they are."""
@@ -28,7 +30,7 @@ class Ends(NamedTuple):
 
         None where single pictures cannot be told.
         """
-        return float((left > self.length / 2).double().mean()) if self.tells else None
+        return float(double(left > self.length / 2).mean()) if self.tells else None
 
 
 class Way:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from domainstudio.precision import double
+
 
 class DomainFocus:
     """What each number of a picture counts at high noise, where a network decides how a picture is composed.
@@ -32,12 +34,12 @@ class DomainFocus:
 
         One picture has no spread: it is taken to vary as the source does.
         """
-        views, source = target.flatten(0, 1).double(), source.double()
+        views, source = double(target.flatten(0, 1)), double(source)
         num, mean_t, var_s = len(target), views.mean(0), source.var(0)
         if num == 1:
             chance_t = var_t = var_s
         else:
-            chance_t = target.double().mean(1).var(0) / num
+            chance_t = double(target).mean(1).var(0) / num
             var_t = (views - mean_t).square().mean(0) + chance_t
         apart = ((mean_t - source.mean(0)).square() - chance_t - var_s / len(source)).clamp(min=0)
         mean_var_t, mean_var_s = (var.mean((-2, -1), keepdim=True) for var in (var_t, var_s))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from domainstudio.precision import double
+
 SMALLEST_VARIANCE = 1e-6
 """Of the largest of the source's: what varies less does not vary."""
 FOLDS = 10
@@ -77,7 +79,7 @@ def _places(pictures: Tensor) -> Tensor:
 
 def _moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (h w, C), and covariance (C, C) about it, unbiased and pooled over places, in double precision."""
-    places = _places(pictures).double()
+    places = double(_places(pictures))
     mean = places.mean(0)
     apart = (places - mean).flatten(0, 1)
     return mean, apart.T @ apart / (max(len(places) - 1, 1) * len(mean))
@@ -108,6 +110,6 @@ def _held_out_ratio(target: Tensor, whitening: Tensor) -> Tensor:
     for left_out in torch.arange(len(target)).tensor_split(min(FOLDS, len(target))):
         others = torch.ones(len(target), dtype=torch.bool).index_fill(0, left_out, False)
         mean, directions = _diagonalise(target[others], whitening)
-        apart = (_places(target[left_out].flatten(0, 1)).double() - mean) @ directions
+        apart = (double(_places(target[left_out].flatten(0, 1))) - mean) @ directions
         ratio += apart.square().mean((0, 1)) / (1 + 1 / others.sum().item()) * len(left_out) / len(target)
     return ratio
