@@ -77,7 +77,7 @@ def main() -> None:
     sets = {"samples": samples, "reconstructed": given_back(vae, others), "real": others}
     for title, images in sets.items():
         own = embed(inception, images)
-        numbers = {"kid_x1000": 1e3 * kernel_distance(own, features), "fid": frechet_distance(own, features)}
+        numbers = {"kid_x1000": 1e3 * kernel_distance(own, features).value, "fid": frechet_distance(own, features)}
         print(json.dumps({"set": title, "num_images": len(images)} | {k: round(v, 1) for k, v in numbers.items()}))
     measure_autoencoder(vae, inception, heldout)
 
@@ -89,7 +89,7 @@ def measure_autoencoder(vae: AutoencoderKL, inception: nn.Module, avatars: Tenso
         assert images is not None
         back = given_back(vae, images)
         halves = embed(inception, back[: len(images) // 2]), embed(inception, images[len(images) // 2 :])
-        kid = round(1e3 * kernel_distance(*halves), 1)
+        kid = round(1e3 * kernel_distance(*halves).value, 1)
         print(json.dumps({"autoencoder": name, "psnr_db": round(psnr(images, back), 1), "kid_x1000": kid}), flush=True)
 
 

@@ -29,11 +29,13 @@ def test_progress_and_messages_go_to_stderr(capsys):
 
 def test_table_of_a_comparison(capsys):
     missing = dict.fromkeys(MEASURED) | {"reasons": dict.fromkeys(MEASURED, "no [weights] here")}
-    print_table([entry("Ours", **MEASURED), entry("Other", **missing)])
+    errors = {"kid_error": 1.25, "intra_lpips_error": 0.0123}
+    print_table([entry("Ours", **MEASURED, **errors), entry("Other", **missing)])
     out, err = capsys.readouterr()
     assert err == ""
     ours, other = (next(line for line in out.splitlines() if name in line) for name in ("Ours", "Other"))
-    assert ours.split() == ["Ours", "12.3", "98.7", "0.457", "0.300", "12.5", "%", "25.0", "%", "8"]
+    told = ["12.3±1.2", "98.7", "0.457±0.012", "0.300", "12.5", "%", "25.0", "%", "8"]
+    assert ours.split() == ["Ours", *told]
     assert other.split() == ["Other", *"––––––", "8"]
     assert out.count("– no [weights] here\n") == 1
 

@@ -100,6 +100,8 @@ class TestEvaluate:
         measured, lines = evaluated(*given), succeeds("evaluate", *given).out.splitlines()
         shown = {line.split()[0]: line.split()[1] for line in lines[:-1]}
         numbers = {name: f"{measured[name]:.4f}" for name in (*NUMBERS, *COVERAGE)}
+        for name in ("kid", "intra_lpips"):
+            numbers[name] += f"±{measured[f'{name}_error']:.4f}"
         assert shown == {**numbers, "unadapted_rate": "–", "num_images": "12"}
         assert lines[-1].startswith("with --clip and --dino also: ")
         assert set(lines[-1].split(": ")[1].split(", ")) == set(ON_REQUEST)

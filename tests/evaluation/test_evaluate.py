@@ -36,12 +36,14 @@ def test_an_evaluation_is_the_metrics_of_the_features():
     either = torch.minimum(table, metrics.pairwise_lpips(images, Stub()(TRAINING.flip(-1))))
     generator = torch.Generator().manual_seed(0)
     assert evaluation.intra_lpips == pytest.approx(
-        metrics.intra_lpips_cdc(images, table.argmin(1), 4, generator), rel=1e-4
+        metrics.intra_lpips_cdc(images, table.argmin(1), 4, generator).value, rel=1e-4
     )
     assert evaluation.nearest_lpips == pytest.approx(float(either.min(1).values.mean()), rel=1e-4)
     assert evaluation.nearest_indices == tuple(either.argmin(1).tolist())
     assert evaluation.nearest_distances == pytest.approx(either.min(1).values.tolist(), rel=1e-3)
-    assert evaluation.kid == pytest.approx(1e3 * metrics.kernel_distance(images, reference))
+    assert evaluation.kid == pytest.approx(1e3 * metrics.kernel_distance(images, reference).value)
+    assert evaluation.kid_error == pytest.approx(1e3 * metrics.kernel_distance(images, reference).error)
+    assert evaluation.intra_lpips_error > 0
     assert evaluation.fid == pytest.approx(metrics.frechet_distance(images, reference))
     for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
         assert getattr(evaluation, name) == getattr(coverage, name)(images, reference, k)
@@ -60,7 +62,7 @@ def test_crdi_counts_the_clusters_without_a_pair():
     images = Stub()(IMAGES)
     assignment = metrics.pairwise_lpips(images, Stub()(training)).argmin(1)
     evaluation = Evaluator(training, None, Protocol(intra="crdi", max_per_cluster=10)).evaluate(IMAGES)
-    assert evaluation.intra_lpips == pytest.approx(metrics.intra_lpips_crdi(images, assignment, 5, 10), rel=1e-4)
+    assert evaluation.intra_lpips == pytest.approx(metrics.intra_lpips_crdi(images, assignment, 5, 10).value, rel=1e-4)
     assert evaluation.intra_lpips_protocol.startswith("CRDI")
 
 

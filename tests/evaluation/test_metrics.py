@@ -55,11 +55,11 @@ def test_frechet_distance_is_symmetric_and_stable_with_two_images():
 def test_kernel_distance_is_torchmetrics():
     a, b = correlated(20, 8, 1), correlated(20, 8, 2)
     expected = float(poly_mmd(a, b))
-    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert metrics.kernel_distance(a, b).value == pytest.approx(expected, rel=1e-4)
     kid = KernelInceptionDistance(Features(8), normalize=True, subsets=1, subset_size=20).set_dtype(torch.float64)
     kid.update(a[:, :, None, None], real=True)
     kid.update(b[:, :, None, None], real=False)
-    assert metrics.kernel_distance(a, b) == pytest.approx(float(kid.compute()[0]), rel=1e-4)
+    assert metrics.kernel_distance(a, b).value == pytest.approx(float(kid.compute()[0]), rel=1e-4)
 
 
 def test_kernel_distance_of_unequal_sets_is_the_literal_sum():
@@ -72,11 +72,11 @@ def test_kernel_distance_of_unequal_sets_is_the_literal_sum():
     within_b = [kernel(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j]
     between = [kernel(x, y) for x in a for y in b]
     expected = sum(within_a) / 20 + sum(within_b) / 42 - 2 * sum(between) / 35
-    assert metrics.kernel_distance(a, b) == pytest.approx(expected)
+    assert metrics.kernel_distance(a, b).value == pytest.approx(expected)
 
 
 def test_kernel_distance_is_unbiased():
-    values = [metrics.kernel_distance(random(10, 4, seed=s), random(10, 4, seed=s + 500)) for s in range(300)]
+    values = [metrics.kernel_distance(random(10, 4, seed=s), random(10, 4, seed=s + 500)).value for s in range(300)]
     assert min(values) < 0 < max(values)
     assert abs(sum(values) / 300) < 3 * float(torch.tensor(values).std()) / 300**0.5
 
@@ -106,14 +106,15 @@ def clusters() -> list[Tensor]:
 
 def test_cdc_drops_empty_and_single_clusters():
     expected = [literal_mean_pair(rows) for rows in clusters() if len(rows) > 1]
-    value = metrics.intra_lpips_cdc(EMBEDDINGS, ASSIGNMENT, 6, torch.Generator().manual_seed(0))
+    value, _ = metrics.intra_lpips_cdc(EMBEDDINGS, ASSIGNMENT, 6, torch.Generator().manual_seed(0))
     assert value == pytest.approx(sum(expected) / 3)
 
 
 def test_cdc_takes_seeded_random_images_of_large_clusters():
     def value(seed: int) -> float | None:
         generator = torch.Generator().manual_seed(seed)
-        return metrics.intra_lpips_cdc(EMBEDDINGS, torch.zeros(11, dtype=torch.long), 1, generator, max_per_cluster=4)
+        zeros = torch.zeros(11, dtype=torch.long)
+        return metrics.intra_lpips_cdc(EMBEDDINGS, zeros, 1, generator, max_per_cluster=4).value
 
     chosen = EMBEDDINGS[torch.randperm(11, generator=torch.Generator().manual_seed(5))[:4]]
     assert value(5) == value(5) == pytest.approx(literal_mean_pair(chosen))
@@ -126,7 +127,7 @@ def test_cdc_without_any_pair_has_no_value():
 
 def test_crdi_takes_the_first_images_and_counts_empty_and_single_clusters_as_zero():
     expected = [literal_mean_pair(rows[:3]) if len(rows) > 1 else 0.0 for rows in clusters()]
-    value = metrics.intra_lpips_crdi(EMBEDDINGS, ASSIGNMENT, 6, max_per_cluster=3)
+    value, _ = metrics.intra_lpips_crdi(EMBEDDINGS, ASSIGNMENT, 6, max_per_cluster=3)
     assert value == pytest.approx(sum(expected) / 6)
 
 

@@ -63,9 +63,19 @@ class TestVerdict:
         headline, _ = verdict(PLAIN, entry("Ours", kid=60.0, intra_lpips=0.2, copy_rate=0.0), REAL)
         assert headline == "Plain looks most like the real pictures; Ours comes closest to their diversity."
 
-    def test_small_differences_are_level(self):
-        headline, _ = verdict(OURS, entry("Other", kid=41.5, intra_lpips=0.192, copy_rate=0.0), REAL)
-        assert headline == "Ours and Other are level, in likeness and in diversity."
+    def test_differences_within_their_errors_are_level(self):
+        def headline(kid_error: float, intra_error: float) -> str:
+            errors = {"kid_error": kid_error, "intra_lpips_error": intra_error}
+            ours, other = (
+                entry(title, kid=kid, intra_lpips=intra, copy_rate=0.0, metrics=errors)
+                for title, kid, intra in (("Ours", 41.0, 0.19), ("Other", 45.0, 0.186))
+            )
+            return verdict(ours, other, REAL)[0]
+
+        assert headline(2.9, 0.003) == "Ours and Other are level, in likeness and in diversity."
+        assert headline(2.8, 0.003).startswith("Ours looks most like the real pictures; Ours and Other are equally")
+        assert headline(2.9, 0.002).endswith("Ours comes closest to their diversity.")
+        assert headline(0, 0) == "Ours is closest to the real pictures, in likeness and in diversity."
 
     def test_a_copying_result_never_wins(self):
         headline, findings = verdict(SOURCE, COPYING, OURS, REAL)
@@ -172,6 +182,12 @@ class TestPage:
         assert html.count("<s>") == 4
         assert html.count('class="flag"') == 2
         assert "<small>−0.170</small>" in html
+
+    def test_numbers_have_their_standard_errors(self, page):
+        errors = {"kid_error": 3.21, "intra_lpips_error": 0.0123}
+        html = page(REAL, entry("Ours", kid=41.0, intra_lpips=0.19, copy_rate=0.0, metrics=errors))
+        assert ">41<small>±\u00a03.2</small><" in html
+        assert ">0.190<small>±\u00a00.012</small><small>−0.010</small><" in html
 
     def test_protocols_that_differ_are_told_apart(self, page):
         same, other = ({"kid": 1.0, "kid_protocol": text} for text in ("50 subsets", "10 subsets"))

@@ -81,7 +81,7 @@ def print_table(entries: Sequence[ReportEntry]) -> None:
     for heading in ("KID x10³", "FID", "Intra-LPIPS", "nearest", *_RATES.values(), "of"):
         table.add_column(heading, justify="right")
     for entry in entries:
-        cells = [_number(entry.number(name), digits) for name, digits in _COLUMNS]
+        cells = [_number(entry.number(name), digits, entry.error(name)) for name, digits in _COLUMNS]
         rates = ["–" if (rate := entry.number(name)) is None else f"{100 * rate:.1f} %" for name in _RATES]
         table.add_row(entry.title, *cells, *rates, str(entry.metrics.get("num_images", "–")))
     console = rich.console.Console()
@@ -111,12 +111,15 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         if name in unasked:
             continue
         note = reasons.get(name) or result.get(f"{_PROTOCOLS.get(name)}_protocol") or ""
-        print(f"{name:14} {_number(result[name], 4):>10}   {note}".rstrip())
+        print(f"{name:14} {_number(result[name], 4, result.get(f'{name}_error')):>17}   {note}".rstrip())
     if unasked:
         print(f"with --clip and --dino also: {', '.join(unasked)}")
 
 
-def _number(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int, error: float | None = None) -> str:
+    """With its standard error, if that is known."""
     if value is None:
         return "–"
-    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.{digits}f}" + ("" if error is None else f"±{error:.{digits}f}")

@@ -21,8 +21,9 @@ class ReportEntry:
         note: one sentence: what it is.
         images: (N, 3, H, W) in [-1, 1]; the first ones share their noise across entries of kind result and source.
         metrics: `kid` (times 1,000), `fid`, `intra_lpips`, `copy_rate` and `unadapted_rate` (0 to 1),
-            `nearest_lpips`, `copy_threshold`, `num_images`: a number or None; `reasons`: metric -> why it is None;
-            `<metric>_protocol`: how it was found; `notes`: sentences for the small print.
+            `nearest_lpips`, `copy_threshold`, `num_images`: a number or None; `<metric>_error`: its standard error;
+            `reasons`: metric -> why it is None; `<metric>_protocol`: how it was found; `notes`: sentences for the
+            small print.
         from_noise: whether the first images share their noise with those of other entries.
         nearest: for each image, the index of its nearest training picture; may be empty.
         distances: for each image, the LPIPS distance to that picture; may be empty.
@@ -56,6 +57,10 @@ class ReportEntry:
         """The metric called `name`, or None where it was not measured or is not finite."""
         value = self.metrics.get(name)
         return float(value) if value is not None and math.isfinite(value) else None
+
+    def error(self, name: str) -> float | None:
+        """The standard error of the metric called `name`, where it is known."""
+        return self.number(f"{name}_error")
 
     def reason(self, name: str) -> str:
         """Why the metric called `name` has no value."""

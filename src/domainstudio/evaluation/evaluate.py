@@ -5,10 +5,11 @@ pictures (and their mirror images) are kept. Generated images are embedded in ba
 Intra-LPIPS then embeds one cluster at a time again (about 100 MB at 64 px), which costs little beside the Inception.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from domainstudio.evaluation import coverage, metrics
 from domainstudio.evaluation.cache import TensorCache, digest
 from domainstudio.evaluation.features import Progress
 from domainstudio.evaluation.foundation import DINO_PX
+from domainstudio.evaluation.halves import Estimate
 from domainstudio.evaluation.pictures import Networks, Pictures
 from domainstudio.evaluation.protocol import USUAL, Protocol
+
+T = TypeVar("T")
 
 SAME_PICTURE = 1e-4  # LPIPS; above the rounding of `pairwise_lpips`, far below any two different pictures
 _COVERAGE = (  # with the published numbers of neighbours
@@ -53,10 +57,12 @@ class Evaluation:
     num_images: int
     num_reference: int
     intra_lpips: float | None  # diversity; the goal is the value of real pictures, not the highest
+    intra_lpips_error: float | None  # standard error, as far as these pictures say
     nearest_lpips: float | None  # mean over images; to a training picture or its mirror image, whichever is nearer
     copy_rate: float | None  # share of images nearer to a training picture than `copy_threshold`
     copy_threshold: float | None
     kid: float | None  # x 10^3
+    kid_error: float | None  # standard error, of these pictures and the reference
     fid: float | None
     precision: float | None  # do the pictures look real
     recall: float | None  # is everything real among them
@@ -154,7 +160,7 @@ class Evaluator:
     def _evaluation(self, pictures: Pictures, prompts: Sequence[str] = ()) -> Evaluation:
         reasons: dict[str, str] = {}
 
-        def measured(name: str, measure: Callable[[], float]) -> float | None:
+        def measured(name: str, measure: Callable[[], T]) -> T | None:
             try:
                 return measure()
             except (MissingWeights, _Unmeasured) as why:
@@ -166,7 +172,7 @@ class Evaluator:
         threshold = measured("copy_threshold", lambda: self._threshold[0])
         rate = measured("copy_rate", lambda: metrics.copy_rate(pictures.nearest[0], self._threshold[0]))
         unadapted = measured("unadapted_rate", lambda: self._unadapted(pictures))
-        kid = measured("kid", lambda: 1e3 * metrics.kernel_distance(*self._compared(pictures)))
+        kid = measured("kid", lambda: metrics.kernel_distance(*self._compared(pictures)).times(1e3))
         fid = measured("fid", lambda: metrics.frechet_distance(*self._compared(pictures)))
         precise, recalled, dense, covered = (
             measured(name, lambda measure=measure, k=k: measure(*self._compared(pictures, k + 1), k))
@@ -182,11 +188,13 @@ class Evaluator:
         return Evaluation(
             num_images=len(pictures),
             num_reference=len(self._reference) if self._reference else 0,
-            intra_lpips=intra,
+            intra_lpips=intra and intra.value,
+            intra_lpips_error=intra and intra.error,
             nearest_lpips=mean_nearest,
             copy_rate=rate,
             copy_threshold=threshold,
-            kid=kid,
+            kid=kid and kid.value,
+            kid_error=kid and kid.error,
             fid=fid,
             precision=precise,
             recall=recalled,
@@ -216,17 +224,21 @@ class Evaluator:
             notes=self._threshold[2] if threshold is not None else (),
         )
 
-    def _intra(self, pictures: Pictures) -> float:
+    def _intra(self, pictures: Pictures) -> Estimate:
         if len(pictures) < 2:
             raise _Unmeasured("diversity needs at least 2 images; generate more, 500 or 1,000 is usual")
         rule = self.protocol
-        what = f"{self._networks.lpips_name} intra {rule.intra} {rule.max_per_cluster} {rule.seed}"
+        what = f"{self._networks.lpips_name} intra, error {rule.intra} {rule.max_per_cluster} {rule.seed}"
         of = (*pictures.content, digest(pictures.index))
-        return float(
-            self._networks.kept(what, of, lambda: torch.tensor(self._measured_intra(pictures), dtype=torch.float64))
-        )
 
-    def _measured_intra(self, pictures: Pictures) -> float:
+        def measure() -> Tensor:
+            value, error = self._measured_intra(pictures)
+            return torch.tensor([value, math.nan if error is None else error], dtype=torch.float64)
+
+        value, error = self._networks.kept(what, of, measure).tolist()
+        return Estimate(value, None if math.isnan(error) else error)
+
+    def _measured_intra(self, pictures: Pictures) -> Estimate:
         _, assignment = metrics.nearest(pictures.distances[0])  # without mirror images: the published protocols
         limit = self.protocol.max_per_cluster
         if self.protocol.intra == "crdi":

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from domainstudio.evaluation.halves import SMALLEST, Estimate, error_of, halves, sums_over_pairs
 from domainstudio.precision import double
 
 
@@ -44,7 +45,7 @@ def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, factor
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
+def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
     """Unbiased squared MMD with the kernel (x·y / D + 1)³; KID if the features are Inception's (reported x 10³).
 
     Args:
@@ -56,8 +57,14 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Trap: unbiased, hence negative at times for sets that agree.
     """
     a, b = double(a), double(b)
-    within = mean_off_diagonal(_kernel(a, a)) + mean_off_diagonal(_kernel(b, b))
-    return within - 2 * float(_kernel(a, b).mean())
+    within_a, within_b, across = _kernel(a, a), _kernel(b, b), _kernel(a, b)
+    value = mean_off_diagonal(within_a) + mean_off_diagonal(within_b) - 2 * float(across.mean())
+    if min(across.shape) < SMALLEST:
+        return Estimate(value, None)
+    own, others = (halves(num).to(across.device) for num in across.shape)
+    n, m = (num // 2 for num in across.shape)
+    within = sums_over_pairs(within_a, own) / (n * (n - 1)) + sums_over_pairs(within_b, others) / (m * (m - 1))
+    return Estimate(value, error_of(within - 2 * (own * (across @ others)).sum(0) / (n * m)))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -143,7 +150,7 @@ def nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
 
 def intra_lpips_cdc(
     embeddings: Rows, assignment: Tensor, num_clusters: int, generator: torch.Generator, max_per_cluster: int = 50
-) -> float | None:
+) -> Estimate | None:
     """Intra-LPIPS as CDC measures it: at most `max_per_cluster` random images a cluster, empty clusters dropped.
 
     A cluster of one image has no pair and is dropped too. None if no cluster has a pair.
@@ -159,15 +166,18 @@ def intra_lpips_cdc(
     Trap: dropping hides training pictures that the model never approaches; CRDI's count is lower for the same images. A
     picture and its own mirror image are varied: a model that recites mirrored pictures does not come out at 0.
     """
-    values = [
-        _mean_pair(embeddings[members[torch.randperm(len(members), generator=generator)[:max_per_cluster]]])
+    chosen = [
+        members[torch.randperm(len(members), generator=generator)[:max_per_cluster]]
         for members in _members(assignment, num_clusters)
         if len(members) >= 2
     ]
-    return sum(values) / len(values) if values else None
+    if not chosen:
+        return None
+    values, of_halves = _mean_pairs(embeddings, chosen)
+    return Estimate(sum(values) / len(values), error_of(of_halves.nanmean(0)))
 
 
-def intra_lpips_crdi(embeddings: Rows, assignment: Tensor, num_clusters: int, max_per_cluster: int = 50) -> float:
+def intra_lpips_crdi(embeddings: Rows, assignment: Tensor, num_clusters: int, max_per_cluster: int = 50) -> Estimate:
     """Intra-LPIPS as CRDI and Uni-DAD measure it: the first images of each cluster; empty or single counts 0.
 
     Arguments as in `intra_lpips_cdc`; deterministic, so no generator.
@@ -175,12 +185,11 @@ def intra_lpips_crdi(embeddings: Rows, assignment: Tensor, num_clusters: int, ma
     Source: the released evaluation of CRDI and Uni-DAD (5,000 images, first 50 to 100 a cluster).
     Trap: not comparable with CDC's value: an unbalanced model is punished here.
     """
-    values = [
-        _mean_pair(embeddings[members[:max_per_cluster]])
-        for members in _members(assignment, num_clusters)
-        if len(members) >= 2
-    ]
-    return sum(values) / num_clusters
+    chosen = [members[:max_per_cluster] for members in _members(assignment, num_clusters) if len(members) >= 2]
+    if not chosen:
+        return Estimate(0.0, None)
+    values, of_halves = _mean_pairs(embeddings, chosen)
+    return Estimate(sum(values) / num_clusters, error_of(of_halves.nan_to_num(0).sum(0) / num_clusters))
 
 
 def _members(assignment: Tensor, num_clusters: int) -> Iterator[Tensor]:
@@ -188,8 +197,17 @@ def _members(assignment: Tensor, num_clusters: int) -> Iterator[Tensor]:
     return ((assignment == cluster).nonzero().flatten() for cluster in range(num_clusters))
 
 
-def _mean_pair(embeddings: Tensor) -> float:
-    return mean_off_diagonal(pairwise_lpips(embeddings, embeddings))
+def _mean_pairs(embeddings: Rows, clusters: list[Tensor]) -> tuple[list[float], Tensor]:
+    """Mean over the pairs of each cluster, indices (n,), and of what random halves of all pictures have of it,
+    (clusters, NUM_HALVES): nan where that is no pair."""
+    values, of_halves, sizes = [], [], [len(members) for members in clusters]
+    for members, chosen in zip(clusters, halves(sum(sizes)).split(sizes), strict=True):
+        found = embeddings[members]
+        table = pairwise_lpips(found, found)
+        values.append(mean_off_diagonal(table))
+        num = chosen.sum(0)
+        of_halves.append(sums_over_pairs(table, chosen).cpu() / (num * (num - 1)).where(num > 1, torch.nan))
+    return values, torch.stack(of_halves)
 
 
 def copy_threshold(real_nearest: Tensor, quantile: float = 0.01) -> float:

@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page that shows a run and says plainly what its numbers mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -36,6 +36,8 @@ _HOW_TO_READ = {
     "Intra-LPIPS": "How much pictures that resemble the same training picture differ from each other. Good is to equal "
     "the real pictures, not to be high: below them, variety was lost; above them, the model has often not adapted yet. "
     "The small number is the gap to the real pictures.",
+    "±": "The standard error, as far as the measured pictures say: how much the number would differ for others of the "
+    "same model. Smaller differences mean nothing. How much another training run would differ it does not say.",
     "Nearest distance": "The mean LPIPS distance from a picture to its nearest training picture. Near zero: copies.",
     "Copies": "The share of pictures closer to a training picture than almost any real picture is. Real pictures have "
     "a small share too; only what clearly exceeds it, given the number of images, is called copying.",
@@ -163,13 +165,19 @@ def _cell(entry: ReportEntry, name: str, real: ReportEntry | None, reasons: dict
         return f"–<sup>{mark}</sup>"
     if name == "intra_lpips":
         gap = diversity_gap(entry, real) if entry is not real else None
-        return f"{value:.3f}" + (f"<small>{gap:+.3f}</small>".replace("-", "−") if gap is not None else "")
+        small = f"<small>{gap:+.3f}</small>".replace("-", "−") if gap is not None else ""
+        return f"{value:.3f}{_plus_minus(entry, name, '{:.3f}'.format)}{small}"
     whole = "{:,.0f}".format
     formats = {"copy_rate": percent, "unadapted_rate": percent, "num_images": whole} | dict.fromkeys(
         ("kid", "fid", "vendi", "cmmd", "fd_dino"), plain
     )
-    text = formats.get(name, "{:.3f}".format)(value)
+    text = formats.get(name, "{:.3f}".format)(value) + _plus_minus(entry, name, plain)
     return f"<s>{text}</s>" if name in ("kid", "fid") and _copies(entry, real) else text
+
+
+def _plus_minus(entry: ReportEntry, name: str, shown: Callable[[float], str]) -> str:
+    error = entry.error(name)
+    return "" if error is None else f"<small>±\u00a0{shown(error)}</small>"
 
 
 def _copies(entry: ReportEntry, real: ReportEntry | None) -> bool:

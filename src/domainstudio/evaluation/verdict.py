@@ -1,5 +1,6 @@
 """The verdict of a report: what the numbers say, in plain words, whoever is better."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -81,15 +82,16 @@ def _headline_of_last(entry: ReportEntry, copies: bool | None) -> str:
 def _comparison(eligible: list[ReportEntry], real: ReportEntry | None) -> str:
     """Who is closest to the real pictures in likeness (KID) and in diversity (the gap of Intra-LPIPS).
 
-    Pictures that are left in the source's domain are unlike the others: who leaves many there cannot win in diversity.
+    Level are those that differ by less than their standard errors, together. Pictures that are left in the source's
+    domain are unlike the others: who leaves many there cannot win in diversity.
     """
 
     def gap(entry: ReportEntry) -> float | None:
         signed = diversity_gap(entry, real)
         return None if signed is None or _marked_unadapted(entry) else abs(signed)
 
-    alike = _leaders(eligible, lambda entry: entry.number("kid"), lambda best: max(0.05 * best, 0.5))
-    varied = _leaders(eligible, gap, lambda _: 0.005)
+    alike = _leaders(eligible, "kid", lambda entry: entry.number("kid"))
+    varied = _leaders(eligible, "intra_lpips", gap)
     if not alike and not varied:
         return "the models cannot be compared: neither KID nor diversity is known for two of them"
     if len(alike) == len(varied) == 1 and alike[0] is varied[0]:
@@ -110,15 +112,14 @@ def _lead(leaders: list[ReportEntry], one: str, several: str) -> str:
     return f"{_names(leaders)} {one if len(leaders) == 1 else several}"
 
 
-def _leaders(
-    entries: list[ReportEntry], score: Callable[[ReportEntry], float | None], tolerance: Callable[[float], float]
-) -> list[ReportEntry]:
-    """The entries with the lowest score and those level with it; none where fewer than two have a score."""
-    scored = [(value, entry) for entry in entries if (value := score(entry)) is not None]
+def _leaders(entries: list[ReportEntry], name: str, score: Callable[[ReportEntry], float | None]) -> list[ReportEntry]:
+    """The entry with the lowest score of the metric `name`, and those level with it; none where fewer than two have
+    one."""
+    scored = [(value, entry.error(name) or 0.0, entry) for entry in entries if (value := score(entry)) is not None]
     if len(scored) < 2:
         return []
-    best = min(value for value, _ in scored)
-    return [entry for value, entry in scored if value - best <= tolerance(best)]
+    best, its_error, _ = min(scored, key=lambda item: item[0])
+    return [entry for value, error, entry in scored if value - best <= math.hypot(error, its_error)]
 
 
 def _finding(
