@@ -39,8 +39,8 @@ def steps_at_equal_variety(rows: list[Row], method: str) -> int:
     return round(point["step"])
 
 
-def drawn(domain: str, method: str, steps: int) -> Tensor:
-    """(NUM_SHOWN, 3, SIDE, SIDE) of a run of so many steps, with its averaged weights."""
+def drawn(domain: str, method: str, steps: int, folder: str) -> Tensor:
+    """(NUM_SHOWN, 3, SIDE, SIDE) of a run of so many steps in a folder of its own, with its averaged weights."""
     pictures = []
 
     def look(event) -> None:
@@ -51,25 +51,26 @@ def drawn(domain: str, method: str, steps: int) -> Tensor:
 
     source = open_source(SOURCE)
     settings = {"method": method, "max_train_steps": steps, "seed": 0, "instance_data_dir": f"bundled:{domain}"}
-    with scratch_folder() as folder:
-        train_run(build_recipe(None, {**settings, "output_dir": f"{folder}/run", **UNWATCHED}), observers=(look,))
+    output_dir = f"{folder}/{domain}-{method}"
+    train_run(build_recipe(None, {**settings, "output_dir": output_dir, **UNWATCHED}), observers=(look,))
     return pictures[0]
 
 
-def block(domain: str, rows: list[Row]) -> tuple[str, list[Tensor]]:
+def block(domain: str, rows: list[Row], folder: str) -> tuple[str, list[Tensor]]:
     """Title and rows of pictures of one domain."""
     steps = {method: steps_at_equal_variety(rows, method) for method in SHOWN}
     training = load_domain(f"bundled:{domain}", SIDE).images[:NUM_SHOWN]
     source = draw_from(open_source(SOURCE), NUM_SHOWN, SAMPLING_SEED, SAMPLING_STEPS)
     print(f"{domain}: {steps}", flush=True)
     title = f"{TITLES[domain]}: {', '.join(map(str, steps.values()))} steps"
-    return title, [training, source, *(drawn(domain, method, count) for method, count in steps.items())]
+    return title, [training, source, *(drawn(domain, method, count, folder) for method, count in steps.items())]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     results = read_rows(RESULTS)
-    blocks = [block(domain, [row for row in results if row["domain"] == domain]) for domain in TITLES]
+    with scratch_folder() as folder:
+        blocks = [block(domain, [row for row in results if row["domain"] == domain], folder) for domain in TITLES]
     labels = ["training pictures", "source", *SHOWN.values()]
     width, height = NUM_SHOWN * (SIDE + GAP) + MARGIN, TITLE + len(labels) * (SIDE + GAP) + MARGIN
     num_rows = -(-len(blocks) // BLOCKS_A_ROW)
