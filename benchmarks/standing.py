@@ -74,12 +74,7 @@ def equal_variety(rows: list[Row]) -> list[str]:
         allowed = honest(by_step(rows, name), real["copy_rate"])
         if lowest := min(allowed, key=lambda item: mean_of(item[1], "kid"), default=None):
             step, group = lowest
-            cells += [
-                spread(group, "kid", 1),
-                spread(group, "intra_lpips", 3),
-                *shares(group),
-                str(step),
-            ]
+            cells += [spread(group, "kid", 1), spread(group, "intra_lpips", 3), *shares(group), str(step)]
         else:
             cells += ["–"] * 5
         lines.append(f"| {' | '.join(cells)} |")
