@@ -59,11 +59,12 @@ def test_relative_links_exist(page):
             assert (page.parent / target).exists(), link
 
 
-def test_flags_of_the_readme_exist(capsys):
+def test_flags_of_the_guides_exist(capsys):
     known = set()
     for command in ("demo", "check", "train", "doctor", "sample", "export", "evaluate", "compare"):
         with pytest.raises(SystemExit):
             _parser().parse_args([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert mentioned <= known
+    for page in ("README.md", "docs/guide.md", "docs/stable-diffusion.md"):
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", (ROOT / page).read_text(encoding="utf-8")))
+        assert mentioned <= known, page

@@ -35,7 +35,7 @@ _HOW_TO_READ = {
     "not copy: a copier scores excellently, and it means nothing. Compare KID; FID is biased when images are few.",
     "Intra-LPIPS": "How much pictures that resemble the same training picture differ from each other. Good is to equal "
     "the real pictures, not to be high: below them, variety was lost; above them, the model has often not adapted yet. "
-    "The small number is the gap to the real pictures.",
+    "The last small number is the gap to the real pictures.",
     "±": "The standard error, as far as the measured pictures say: how much the number would differ for others of the "
     "same model. Smaller differences mean nothing. How much another training run would differ it does not say.",
     "Nearest distance": "The mean LPIPS distance from a picture to its nearest training picture. Near zero: copies.",
