@@ -36,9 +36,13 @@ def draw(results: list[Row], path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fronts", "font.size": 8}):
         figure = Figure(figsize=(10, 6), layout="constrained")
         axes = figure.subplots(2, 3).flatten()
-        for panel, (domain, title) in zip(axes, TITLES.items(), strict=False):
+        for panel in axes:
+            panel.axis("off")
+        measured = {row["domain"] for row in results}
+        for panel, domain in zip(axes, (domain for domain in TITLES if domain in measured), strict=False):
+            panel.axis("on")
             _draw_domain(panel, [row for row in results if row["domain"] == domain])
-            panel.set_title(title, fontweight="bold")
+            panel.set_title(TITLES[domain], fontweight="bold")
         _explain(axes[-1])
         figure.savefig(path, metadata={"Date": None})
 
@@ -73,7 +77,6 @@ def _draw_domain(panel: Axes, rows: list[Row]) -> None:
 
 def _explain(panel: Axes) -> None:
     """The legend, where a sixth domain would be."""
-    panel.axis("off")
     lines = [
         *(Line2D([], [], color=colour, lw=2, label=label) for colour, label in COLOURS.values()),
         Line2D([], [], color="black", marker="s", lw=0, label="the source, where all begin"),

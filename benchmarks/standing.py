@@ -168,7 +168,8 @@ def best_of_each(rows: list[Row]) -> dict[str, tuple[int, list[Row]]]:
 
 
 def best_checkpoints(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
-    """One domain: a table of each method at its best honest checkpoint, and in what the default is ahead of all."""
+    """One domain: a table of each method at its best honest checkpoint, and in what the default is ahead of all, if it
+    was measured."""
     real, _ = anchors(rows)
     best = best_of_each(rows)
 
@@ -195,6 +196,8 @@ def best_checkpoints(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
         lines.append(f"\nFlattered by pictures that have not left the source: {', '.join(flattered)}.")
     found = {name: (mean_of(group, "kid"), mean_of(gap_of(group), "gap")) for name, (_, group) in best.items()}
     others = [found[name] for name in METHODS[1:] if name in found]
+    if DEFAULT not in found:
+        return lines, {}
     kid, gap = found[DEFAULT]
     ahead = {
         "KID": all(kid < theirs for theirs, _ in others),

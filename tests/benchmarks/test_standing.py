@@ -105,6 +105,15 @@ def test_tables_of_all(results):
     assert "Of 15 honest checkpoints of the other methods `studio` dominates 10" in text
 
 
+def test_a_part_of_the_plan_has_tables_and_a_picture_too(tmp_path):
+    rows = [*anchors(), *OTHER_RUN]
+    assert "Best checkpoint against best checkpoint" not in tables(rows)  # the default was not measured
+    fronts.draw(rows, tmp_path / "a.svg")
+    shown = "".join(ET.parse(tmp_path / "a.svg").getroot().itertext())
+    assert "ink (far style)" in shown
+    assert "grey" not in shown
+
+
 def test_the_picture_names_all_and_depends_on_the_rows_alone(results, tmp_path):
     for name in ("a.svg", "b.svg"):
         fronts.draw(results, tmp_path / name)
