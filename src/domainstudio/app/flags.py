@@ -23,12 +23,14 @@ positive.__name__ = "int"  # which argparse puts into "invalid int value"
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """One flag a recipe setting; a flag that is not given leaves the recipe's value."""
-    from domainstudio.app.recipe import Recipe
+    from domainstudio.app.recipe import TEXT_DEFAULTS, Recipe
 
     for name, field in Recipe.model_fields.items():
-        kind = _plain_type(field.annotation)
-        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        settings: dict[str, Any] = {"default": None, "dest": name, "help": f"{field.description}{default}"}
+        kind, described = _plain_type(field.annotation), field.description or ""
+        if not field.is_required() and field.default not in (None, "") and "default: " not in described:
+            of_text = f", text models {TEXT_DEFAULTS[name]}" if name in TEXT_DEFAULTS else ""
+            described += f" (default: {field.default}{of_text})"
+        settings: dict[str, Any] = {"default": None, "dest": name, "help": described}
         flag = "--" + name.replace("_", "-")
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
