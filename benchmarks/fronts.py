@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from rows import Row, by_step, mean_of
-from standing import COPY_ALLOWANCE, DEFAULT, PAPER, anchors, leaves_many
+from standing import DEFAULT, PAPER, anchors, is_honest, leaves_many
 
 COLOURS = {
     DEFAULT: ("#c2185b", "studio (the default)"),
@@ -52,17 +52,15 @@ def _draw_domain(panel: Axes, rows: list[Row]) -> None:
     wanted, error = real["intra_lpips"], real["intra_lpips_error"]
     panel.axhspan(wanted - error, wanted + error, color=REAL, alpha=0.15, lw=0)
     panel.axhline(wanted, color=REAL, lw=1)
-    most_copies = real["copy_rate"] + COPY_ALLOWANCE
     for name, (colour, _) in reversed(COLOURS.items()):
         steps = by_step(rows, name)
         groups = [[source], *steps.values()]
         kid, intra = ([mean_of(group, key) for group in groups] for key in ("kid", "intra_lpips"))
         panel.plot(kid, intra, color=colour, lw=2.2 if name == DEFAULT else 1.2)
         for group, *at in zip(groups[1:], kid[1:], intra[1:], strict=True):
-            copies = mean_of(group, "copy_rate") > most_copies
             panel.plot(
                 *at,
-                marker="x" if copies else "o",
+                marker="o" if is_honest(group, real["copy_rate"]) else "x",
                 markersize=5 if name == DEFAULT else 4,
                 color=colour,
                 markerfacecolor="white" if leaves_many(group) else colour,

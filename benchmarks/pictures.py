@@ -56,11 +56,10 @@ def drawn(domain: str, method: str, steps: int, folder: str) -> Tensor:
     return pictures[0]
 
 
-def block(domain: str, rows: list[Row], folder: str) -> tuple[str, list[Tensor]]:
-    """Title and rows of pictures of one domain."""
+def block(domain: str, rows: list[Row], source: Tensor, folder: str) -> tuple[str, list[Tensor]]:
+    """Title and rows of pictures of one domain; `source` are the un-adapted source's, of the same noise."""
     steps = {method: steps_at_equal_variety(rows, method) for method in SHOWN}
     training = load_domain(f"bundled:{domain}", SIDE).images[:NUM_SHOWN]
-    source = draw_from(open_source(SOURCE), NUM_SHOWN, SAMPLING_SEED, SAMPLING_STEPS)
     print(f"{domain}: {steps}", flush=True)
     title = f"{TITLES[domain]}: {', '.join(map(str, steps.values()))} steps"
     return title, [training, source, *(drawn(domain, method, count, folder) for method, count in steps.items())]
@@ -69,8 +68,11 @@ def block(domain: str, rows: list[Row], folder: str) -> tuple[str, list[Tensor]]
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     results = read_rows(RESULTS)
+    source = draw_from(open_source(SOURCE), NUM_SHOWN, SAMPLING_SEED, SAMPLING_STEPS)
     with scratch_folder() as folder:
-        blocks = [block(domain, [row for row in results if row["domain"] == domain], folder) for domain in TITLES]
+        blocks = [
+            block(domain, [row for row in results if row["domain"] == domain], source, folder) for domain in TITLES
+        ]
     labels = ["training pictures", "source", *SHOWN.values()]
     width, height = NUM_SHOWN * (SIDE + GAP) + MARGIN, TITLE + len(labels) * (SIDE + GAP) + MARGIN
     num_rows = -(-len(blocks) // BLOCKS_A_ROW)

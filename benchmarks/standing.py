@@ -120,9 +120,14 @@ def seconds_of(rows: list[Row]) -> str:
     return f"{statistics.median(row['seconds'] for row in rows):.0f}" if known else "–"
 
 
+def is_honest(rows: list[Row], real_rate: float) -> bool:
+    """Whether a checkpoint has hardly more copies than there are among real pictures."""
+    return mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE
+
+
 def honest(steps: dict[int, list[Row]], real_rate: float) -> list[tuple[int, list[Row]]]:
-    """The checkpoints of `by_step` with hardly more copies than there are among real pictures."""
-    return [(s, rows) for s, rows in steps.items() if mean_of(rows, "copy_rate") <= real_rate + COPY_ALLOWANCE]
+    """The checkpoints of `by_step` that are."""
+    return [(step, rows) for step, rows in steps.items() if is_honest(rows, real_rate)]
 
 
 def counted(rows: list[Row]) -> list[Row]:
@@ -194,11 +199,11 @@ def best_checkpoints(rows: list[Row]) -> tuple[list[str], dict[str, bool]]:
     flattered = [f"`{name}` ({unadapted_of(group)})" for name, (_, group) in best.items() if leaves_many(group)]
     if flattered:
         lines.append(f"\nFlattered by pictures that have not left the source: {', '.join(flattered)}.")
-    found = {name: (mean_of(group, "kid"), mean_of(gap_of(group), "gap")) for name, (_, group) in best.items()}
-    others = [found[name] for name in METHODS[1:] if name in found]
-    if DEFAULT not in found:
+    if DEFAULT not in best:
         return lines, {}
+    found = {name: (mean_of(group, "kid"), mean_of(gap_of(group), "gap")) for name, (_, group) in best.items()}
     kid, gap = found[DEFAULT]
+    others = [found[name] for name in METHODS[1:] if name in found]
     ahead = {
         "KID": all(kid < theirs for theirs, _ in others),
         "gap of Intra-LPIPS": all(gap < theirs for _, theirs in others),
