@@ -117,7 +117,7 @@ def do_steps(variant: str, args: argparse.Namespace, count: int, meter: Meter) -
     else:
         samples = None
         if opened.draws:
-            noise = starting_noise(opened.model.sample_shape, range(recipe.num_class_images), 0)
+            noise = starting_noise(opened.model.sample_shape, range(opened.most_samples), 0)
             samples = told_samples(noise, recipe, opened.prior)
         model, adaptation = opened.adapt()
         opened.train(model, adaptation, train_config(opened.recipe), samples, (lambda event: meter.tick(),))

@@ -50,9 +50,11 @@ def succeeds(*argv: object) -> Result:
 
 
 def flags(**settings: object) -> list[str]:
-    """Settings of a recipe as flags."""
+    """Settings of a recipe as flags; those that are None are left open."""
     given = []
     for name, value in settings.items():
+        if value is None:
+            continue
         flag = name.replace("_", "-")
         given += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return given

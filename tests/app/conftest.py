@@ -34,7 +34,7 @@ def lora_run(train: Train) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_run(train: Train) -> Path:
-    return train("plain", "pixel_dropout", method="finetune", num_class_images=100, pair_batch_size=10)
+    return train("plain", "pixel_dropout", method="finetune", num_class_images=None, pair_batch_size=10)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ class TestTrain:
         refused(*start(resolution=64), told=("resolution=64", "16 px", "leave resolution out"))
 
     def test_weight_that_the_method_does_not_have(self, start):
-        given = start(method="finetune", hf_weight=1, num_class_images=100, pair_batch_size=10)
+        given = start(method="finetune", hf_weight=1, num_class_images=None, pair_batch_size=10)
         refused(*given, told=("finetune has no hf_weight", "remove it"))
 
     def test_compiling_without_a_compiler(self, start, monkeypatch, tmp_path):

@@ -11,9 +11,11 @@ from text_settings import FAST_TEXT
 
 from domainstudio.app import pool
 from domainstudio.app.folder import RunFolder
+from domainstudio.app.opened import Opened, open_recipe
 from domainstudio.app.recipe import build_recipe
 from domainstudio.models.load import load_model
 from domainstudio.models.sample import sample
+from domainstudio.training.processes import open_accelerator
 
 pytest_plugins = ("text_kit",)
 
@@ -21,13 +23,14 @@ PROMPTS = ["a man", "a woman", "a dog", "a man"]
 
 
 class Counted:
-    """`sample`, with the number of its calls."""
+    """`sample`, with the number of its calls and which pictures they were to draw."""
 
     def __init__(self):
-        self.calls = 0
+        self.calls, self.pictures = 0, []
 
     def __call__(self, *args, **kwargs):
         self.calls += 1
+        self.pictures.append(kwargs["pictures"])
         return sample(*args, **kwargs)
 
 
@@ -49,7 +52,9 @@ def draw(tmp_path, pictures):
         fast = FAST_TEXT if prompts else FAST
         given = {"instance_data_dir": str(pictures), "output_dir": str(folder)}
         recipe = build_recipe(None, {**given, **fast, **settings})
-        return pool.draw_source_samples(RunFolder(folder), model, recipe, prompts, None, log).x0, folder
+        numbers = recipe.class_images(None)
+        opened = Opened(recipe, {}, None, model, None, None, None, list(prompts), *numbers)
+        return pool.draw_source_samples(RunFolder(folder), opened, None, log).x0, folder
 
     return drawn
 
@@ -66,14 +71,51 @@ def test_a_later_run_on_the_same_source_finds_them(drawing, draw, pipelines, tmp
     assert told.startswith("the 4 source samples are those of an earlier run on this source (")
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"num_class_images": 5}, {"num_inference_steps": 3}])
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"num_inference_steps": 3}])
 def test_other_settings_draw_their_own(drawing, draw, pipelines, changed):
     model = load_model(pipelines("latent_v"))
     first, _ = draw(model)
     second, folder = draw(model, **changed)
     assert drawing.calls == 2
-    assert first.shape != second.shape or not torch.equal(first, second)
+    assert not torch.equal(first, second)
     assert torch.equal(load_file(RunFolder(folder).prior)["x0"], second)
+
+
+def test_a_larger_pool_begins_as_a_smaller_one(drawing, draw, pipelines):
+    model, said = load_model(pipelines("latent_v")), []
+    first, _ = draw(model)
+    more, folder = draw(model, num_class_images=6, log=said.append)
+    fewer, _ = draw(model, num_class_images=5, log=said.append)
+    assert drawing.pictures == [range(4), range(4, 6)]
+    assert torch.equal(more[:4], first)
+    assert torch.equal(more[:5], fewer)
+    torch.testing.assert_close(more, sample(model, model.network, 6, pool.POOL_SEED, FAST["num_inference_steps"]))
+    assert len(list(RunFolder(folder).prior_pictures.iterdir())) == 6
+    assert [told[:39] for told in said] == [
+        "the first 4 of 6 source samples are tho",
+        "the 5 source samples are those of an ea",
+    ]
+
+
+def test_as_many_are_drawn_as_the_domains_ask_for(drawing, pipelines, pictures, tmp_path):
+    """What its first ones say: of 3 that are shown, 3 to 9."""
+    given = {"pretrained_model_name_or_path": pipelines("pixel_epsilon"), "instance_data_dir": pictures}
+    left_open = {name: value for name, value in FAST.items() if name != "num_class_images"}
+    settings = flags(**given, output_dir=tmp_path / "run", **left_open, nearest_class_images=3)
+    succeeds("train", *settings)
+    folder = RunFolder(tmp_path / "run")
+    samples = load_file(folder.prior)["x0"]
+    recipe = folder.recipe()
+    opened = open_recipe(recipe, open_accelerator("no"))
+    number = opened.samples_wanted(samples[:3])
+    assert 3 < number < 9, "else this tests nothing"
+    assert len(samples) == number
+    assert drawing.pictures == [range(3), range(3, number)]
+    assert recipe.num_class_images is None
+    assert f"# num_class_images = {number}  #" in folder.config.read_text()
+    begun = folder.config.read_text()
+    succeeds("train", *settings, *flags(resume_from_checkpoint="latest"))
+    assert folder.config.read_text() == begun
 
 
 def test_other_weights_draw_their_own(drawing, draw, pipelines):

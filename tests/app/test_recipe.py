@@ -103,8 +103,11 @@ def test_all_problems_are_told_at_once(write):
     [
         ({"method": "domainstudio", "train_batch_size": 2}, "train_batch_size=2"),
         ({"pair_batch_size": 20, "num_class_images": 10}, "pair_batch_size=20"),
-        ({"nearest_class_images": 9}, "has to be at least pair_batch_size=10 and at most num_class_images=300"),
-        ({"nearest_class_images": 301}, "nearest_class_images=301 has to be"),
+        ({"nearest_class_images": 9}, "is less than pair_batch_size=10"),
+        (
+            {"nearest_class_images": 301, "num_class_images": 300},
+            "nearest_class_images=301 is more than num_class_images=300",
+        ),
         ({"learning_rate": float("nan")}, "finite"),
         ({"learning_rate": 0}, "learning_rate = 0"),
         ({"torch_compile": True, "feature_weight": 1.0}, "feature_weight=1 looks inside the networks"),
@@ -141,19 +144,18 @@ def test_missing_recipe_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "number"),
+    ("settings", "nearest", "numbers"),
     [
-        ({}, 300),
-        ({"pairing": "source_samples"}, 300),
-        ({"num_class_images": 50}, 50),
-        ({"pairing": "training"}, 100),
-        ({"method": "ant"}, 100),
-        ({"method": "domainstudio", "pairing": "source_samples"}, 100),
-        ({"instance_prompt": "a portrait"}, 100),
+        ({}, None, (100, 100)),
+        ({}, 100, (100, 300)),
+        ({"pair_batch_size": 120}, None, (120, 120)),
+        ({"pair_batch_size": 120}, 100, (120, 360)),
+        ({"num_class_images": 50}, 20, (50, 50)),
+        ({"num_class_images": 50}, None, (50, 50)),
     ],
 )
-def test_more_source_samples_are_drawn_where_the_nearest_are_chosen(settings, number):
-    assert Recipe(instance_data_dir="x", **settings).num_class_images == number
+def test_more_source_samples_are_drawn_where_the_nearest_are_chosen(settings, nearest, numbers):
+    assert Recipe(instance_data_dir="x", **settings).class_images(nearest) == numbers
 
 
 def test_settings_without_effect_are_warned_of():

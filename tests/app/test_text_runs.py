@@ -18,6 +18,7 @@ from domainstudio.app.compare import NUM_PROMPTED
 from domainstudio.app.draw import draw_from, open_result, prompts_of
 from domainstudio.app.folder import RunFolder
 from domainstudio.app.materials import TrainingPictures, open_domain, open_pictures, prior_prompts
+from domainstudio.app.opened import open_recipe
 from domainstudio.app.recipe import Recipe
 from domainstudio.app.runs import train_run
 from domainstudio.data.captions import draw_alternatives
@@ -25,6 +26,7 @@ from domainstudio.data.domain import load_domain, to_pil
 from domainstudio.errors import UserError
 from domainstudio.models.load import fast_scheduler, load_model
 from domainstudio.models.sample import TextGuidance, decode, sample, starting_noise
+from domainstudio.training.processes import open_accelerator
 
 pytest_plugins = ("text_kit", "text_run_kit")
 
@@ -305,24 +307,23 @@ UNTOLD = TrainingPictures(torch.zeros(0))
 class TestSourceSamples:
     def test_they_are_of_what_the_training_pictures_are_of(self, recipe, text_models, captioned):
         settings = {"instance_data_dir": str(captioned), "captions": "files", "instance_prompt": "{caption}, xyz style"}
-        own = recipe(**settings, prior_prompt=None, num_class_images=25)
+        own = recipe(**settings, prior_prompt=None)
         pictures = opened_pictures(own, text_models(), lambda table: None)
         assert len(set(pictures.source_prompts)) > 2
-        assert prior_prompts(own, pictures) == [*pictures.source_prompts * 9][:25]
+        assert prior_prompts(own, pictures, 25) == [*pictures.source_prompts * 9][:25]
 
     def test_they_are_drawn_of_their_prompts_and_kept_as_pictures(self, text_lora_run, text_models):
         recipe, model = RunFolder(text_lora_run).recipe(), text_models()
-        prompts = prior_prompts(recipe, UNTOLD)
+        prompts = prior_prompts(recipe, UNTOLD, 4)
         assert set(prompts) <= {"a man", "a woman", "a dog"}
-        assert len(prompts) == 4
         expected = sample(model, model.network, 4, 500_000, 2, guidance=TextGuidance(prompts, 2.0))
         x0 = load_file(text_lora_run / "source_samples.safetensors")["x0"]
         torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)
         assert np.array_equal(pixels(text_lora_run / "source_samples"), levels(decode(model, x0)))
 
     def test_alternatives_follow_from_seed_and_number(self, recipe):
-        settings = {"prior_prompt": "a {man|woman|dog|picture}", "num_class_images": 60, "pair_batch_size": 3}
-        one, same, other = (prior_prompts(recipe(**settings, seed=seed), UNTOLD) for seed in (0, 0, 1))
+        settings = {"prior_prompt": "a {man|woman|dog|picture}", "pair_batch_size": 3}
+        one, same, other = (prior_prompts(recipe(**settings, seed=seed), UNTOLD, 60) for seed in (0, 0, 1))
         assert one == same != other
         assert set(one) == {"a man", "a woman", "a dog", "a picture"}
 
@@ -330,12 +331,12 @@ class TestSourceSamples:
         ("template", "students"),
         [("{caption}, xyz style", ["a man, xyz style", "a woman, xyz style"]), ("a xyz portrait", ["a xyz portrait"])],
     )
-    def test_the_student_is_told_each_in_the_style(self, recipe, text_models, tmp_path, template, students):
+    def test_the_student_is_told_each_in_the_style(self, recipe, tmp_path, template, students):
         own = recipe(instance_prompt=template, prior_prompt="a {man|woman}", num_class_images=8)
         (tmp_path / "pool").mkdir()
-        prompts = prior_prompts(own, UNTOLD)
-        samples = pool.draw_source_samples(RunFolder(tmp_path / "pool"), text_models(), own, prompts, None)
-        assert samples.source_prompts == tuple(prompts)
+        opened = open_recipe(own, open_accelerator("no"))
+        samples = pool.draw_source_samples(RunFolder(tmp_path / "pool"), opened, None)
+        assert samples.source_prompts == tuple(prior_prompts(own, UNTOLD, 8))
         assert set(samples.source_prompts) == {"a man", "a woman"}
         assert set(samples.student_prompts) == set(students)
         if len(students) > 1:
@@ -454,7 +455,7 @@ def test_settings_of_text_models_survive_the_config(recipe):
 def test_a_recipe_names_what_is_for_text_models_alone(recipe):
     assert recipe().text_settings() == ["instance_prompt", "class_prompt", "guidance_scale"]
     with pytest.raises(UserError, match="say of what with a class_prompt"):
-        prior_prompts(recipe(class_prompt=None), TrainingPictures(UNTOLD.images, ("xyz",), ("",)))
+        prior_prompts(recipe(class_prompt=None), TrainingPictures(UNTOLD.images, ("xyz",), ("",)), 4)
 
 
 @pytest.mark.usefixtures("stubs")

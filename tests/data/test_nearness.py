@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from domainstudio.data.nearness import nearest_first, telling
+from domainstudio.data.nearness import nearest_first, pool_size, telling
 from domainstudio.evaluation.way import Way
 
 
@@ -46,6 +46,23 @@ def test_one_picture_is_enough():
     samples, pictures = with_bars()
     order = nearest_first(samples, pictures[:1])
     assert len(set(order[:20].tolist()) & set(range(0, 100, 5))) > 12
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "expected"),
+    [(1.0, 1.0, 200), (1.0, 0.5, 125), (2.0, 1.0, 140), (30.0, 1.0, 100)],
+)
+def test_the_less_a_transfer_moves_the_more_there_are_to_choose_among(shift, spread, expected):
+    """Of a shift s and r times the variance it leaves r / (1 + s²)."""
+    pictures = spread * torch.randn(1000, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    pictures[..., :4, :] += shift
+    assert pool_size(100, samples, pictures, moved=True) == pytest.approx(expected, abs=4)
+    assert pool_size(100, samples, pictures, moved=False) == 300
+
+
+def test_where_nothing_tells_there_is_nothing_to_choose():
+    assert pool_size(100, torch.ones(5, 1, 2, 2), torch.ones(4, 1, 1, 2, 2), moved=True) == 100
 
 
 def shifted(num, seed, shift=0.0):

@@ -210,9 +210,10 @@ def _told_costs(found: Diagnosis) -> list[str]:
     if cost.process_bytes is not None and not facts.is_cuda:
         ram = f"; RAM of the whole process: {_gb(cost.process_bytes)}"
     watched = " and the watch" * recipe.watch
+    up_to = "up to " * (facts.least_samples < facts.most_samples)
     titles = {
         "loading": "loading",
-        "source_samples": f"{recipe.num_class_images} source samples",
+        "source_samples": f"{up_to}{facts.most_samples} source samples",
         "steps": f"{recipe.max_train_steps} steps",
         "previews": f"{found.num_previews} previews",
         "watch": "the watch",

@@ -16,7 +16,7 @@ from domainstudio.errors import UserError
 from domainstudio.models.load import load_model
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training.binding import Binding
-from domainstudio.training.objective import Prompts
+from domainstudio.training.objective import Batch, Prompts
 
 NUM_OTHERS, OTHER_WORDS = 200, 10
 """Prompts that stand for all that users may write, and how long random words make a short one at most."""
@@ -177,8 +177,9 @@ def told_in_binding(recipe: Recipe, model: DiffusionModel, prompts: Sequence[str
     )
 
 
-def prior_prompts(recipe: Recipe, pictures: TrainingPictures) -> list[str]:
-    """What each source sample is drawn of: prior_prompt, or what the training pictures are without style or subject.
+def prior_prompts(recipe: Recipe, pictures: TrainingPictures, number: int) -> list[str]:
+    """What each of so many source samples is drawn of: prior_prompt, or what the training pictures are without their
+    style or subject.
 
     With captions these are as detailed as the captions. If they were plain, detail would tell the student a training
     picture from a source sample, and it would learn that, not the identifier, as the sign of the style.
@@ -192,7 +193,25 @@ def prior_prompts(recipe: Recipe, pictures: TrainingPictures) -> list[str]:
             f"method {recipe.method} draws pictures from the source model; say of what with a class_prompt, such as "
             '"a portrait"'
         )
-    return [
-        draw_alternatives(told[index % len(told)], recipe.seed * 1_000_003 + index)
-        for index in range(recipe.num_class_images)
-    ]
+    return [draw_alternatives(told[index % len(told)], recipe.seed * 1_000_003 + index) for index in range(number)]
+
+
+@dataclass(frozen=True)
+class SourceSamples:
+    """Pictures drawn once from the source, (M, C, h, w) in model space, with their prompts (text models alone)."""
+
+    x0: Tensor
+    student_prompts: tuple[str, ...] = ()
+    source_prompts: tuple[str, ...] = ()
+
+    def encoded(self, model: DiffusionModel) -> Batch:
+        """As the loop takes them."""
+        told = Prompts(model.encode_prompts(self.student_prompts), model.encode_prompts(self.source_prompts))
+        return Batch(self.x0, told)
+
+
+def told_samples(x0: Tensor, recipe: Recipe, prompts: Sequence[str]) -> SourceSamples:
+    """Source samples (M, C, h, w) drawn of `prompts` (text models alone), with what the student is told of each."""
+    template = recipe.instance_prompt or ""
+    prompts = tuple(prompts[: len(x0)])
+    return SourceSamples(x0, tuple(fill(template, prompt) for prompt in prompts), prompts)

@@ -1,5 +1,6 @@
 """What a recipe trains: read, checked, and ready for the loop."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from domainstudio.app.draw import validation_guidance
 from domainstudio.app.materials import (
+    SourceSamples,
     TrainingPictures,
     open_domain,
     open_pictures,
@@ -20,7 +22,6 @@ from domainstudio.app.materials import (
     recipe_source,
     told_in_binding,
 )
-from domainstudio.app.pool import SourceSamples
 from domainstudio.app.recipe import TEXT_SETTINGS, Chosen, Recipe
 from domainstudio.data.captions import fill
 from domainstudio.data.domain import Domain
@@ -32,6 +33,7 @@ from domainstudio.models.model import DiffusionModel
 from domainstudio.models.sharded import ShardedAdaptation
 from domainstudio.quiet import quiet
 from domainstudio.training.config import TrainConfig
+from domainstudio.training.deck import samples_wanted
 from domainstudio.training.methods import build_objective, method_settings
 from domainstudio.training.objective import Objective
 from domainstudio.training.optimisation import Training, find_optimizer
@@ -94,9 +96,34 @@ class Opened:
     pictures: TrainingPictures
     objective: Objective
     prior: list[str]
-    """What each source sample is drawn of (text models alone)."""
-    draws: bool
-    """Whether source samples are drawn."""
+    """What each source sample is drawn of, as many as there may be (text models alone)."""
+    least_samples: int
+    most_samples: int
+    """Source samples that are drawn, at least and at most; 0 where nothing looks at any."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether source samples are drawn."""
+        return self.most_samples > 0
+
+    def samples_wanted(self, first: Tensor) -> int:
+        """How many source samples to draw, judged by the first ones, (least_samples, C, h, w)."""
+        if self.least_samples == self.most_samples:
+            return self.most_samples
+        images = self.pictures.images.to(self.accelerator.device)
+        return samples_wanted(self.model, train_config(self.recipe), images, self.objective, first)
+
+    def chosen_samples(self, number: int) -> dict[str, Chosen]:
+        """What num_class_images is, where the recipe leaves it open and so many source samples were drawn."""
+        if self.recipe.num_class_images is not None:
+            return {}
+        why = "all of them are shown"
+        if self.objective.nearest is not None:
+            why = (
+                f"from {self.least_samples}, if the transfer moved all that tells the training pictures from source "
+                f"samples, to {self.most_samples}, if it moved nothing of it"
+            )
+        return {"num_class_images": Chosen(number, why)}
 
     def adapt(self) -> tuple[DiffusionModel, Adaptation]:
         """The model to train and its adaptation; changes the network, so source samples are drawn before."""
@@ -158,7 +185,8 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
     if recipe.stop_when_overfitting:
         find_weights("lpips-vgg")
     draws = objective.needs_prior or train_config(recipe).asks_source
-    prior = prior_prompts(recipe, pictures) if draws and model.condition is not None else []
+    least, most = recipe.class_images(objective.nearest) if draws else (0, 0)
+    prior = prior_prompts(recipe, pictures, most) if draws and model.condition is not None else []
     if model.condition is not None:  # prompts that cannot be used are told now
         model.encode_prompts(_all_prompts(recipe, pictures, prior))
     chosen = _chosen(recipe, model, settings)
@@ -172,7 +200,7 @@ def open_recipe(recipe: Recipe, accelerator: Accelerator, log: Callable[[str], N
         )
         chosen["random_flip"] = flip
         recipe = recipe.model_copy(update={"random_flip": flip.value})
-    return Opened(recipe, chosen, accelerator, model, domain, pictures, objective, prior, draws)
+    return Opened(recipe, chosen, accelerator, model, domain, pictures, objective, prior, least, most)
 
 
 def _face_both_ways(pictures: Tensor) -> Chosen:
@@ -191,7 +219,7 @@ def _chosen(recipe: Recipe, model: DiffusionModel, settings: dict[str, Any]) -> 
         for name, value in settings.items()
         if value is not None and (is_text or name not in TEXT_SETTINGS)
     }
-    if (settings.get("nearest_class_images") or 0) >= recipe.num_class_images:
+    if (settings.get("nearest_class_images") or 0) >= (recipe.num_class_images or math.inf):
         del chosen["nearest_class_images"]  # all of them
     chosen["resolution"] = Chosen(model.resolution, "the model's")
     reason = "optimizer prodigy" if recipe.optimizer == "prodigy" else f"adapter {recipe.adapter}"

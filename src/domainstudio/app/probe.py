@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from domainstudio.app.draw import validation_guidance
+from domainstudio.app.materials import SourceSamples, told_samples
 from domainstudio.app.memory import Peak, process_peak_bytes, standing_bytes
 from domainstudio.app.opened import Opened, open_recipe, train_config
-from domainstudio.app.pool import POOL_SEED, SourceSamples, told_samples
+from domainstudio.app.pool import POOL_SEED
 from domainstudio.app.recipe import Recipe
 from domainstudio.errors import UserError, message_of
 from domainstudio.evaluation.watch import Watch
@@ -52,6 +53,9 @@ class Facts:
     """Whether a step looks at source samples."""
     space: str
     """Of the image terms."""
+    least_samples: int
+    most_samples: int
+    """Source samples that a run draws."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class Cost:
     """Linux: the most RAM of the measuring process, libraries and all."""
     loading_seconds: float = 0.0
     source_samples_seconds: float = 0.0
-    """All of them; extrapolated from one batch in a few denoising steps."""
+    """All that there may be; extrapolated from one batch in a few denoising steps."""
     step_seconds: float = 0.0
     timed_steps: int = 0
     preview_seconds: float = 0.0
@@ -147,12 +151,14 @@ def _facts(opened: Opened) -> Facts:
         isinstance(opened.model.codec, VaeCodec),
         opened.objective.needs_prior,
         opened.objective.space,
+        opened.least_samples,
+        opened.most_samples,
     )
 
 
 def _source_samples(opened: Opened, cost: Cost) -> SourceSamples:
-    """One batch of source samples, in few denoising steps, standing in for all."""
-    recipe, model, number = opened.recipe, opened.model, opened.recipe.num_class_images
+    """One batch of source samples, in few denoising steps, standing in for all that there may be."""
+    recipe, model, number = opened.recipe, opened.model, opened.most_samples
 
     def told(count: int) -> TextGuidance | None:
         return TextGuidance(opened.prior[:count], recipe.guidance_scale) if opened.prior else None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from domainstudio.data.captions import CaptionSource
+from domainstudio.data.nearness import MOST_TO_CHOOSE_AMONG
 from domainstudio.errors import UserError
 from domainstudio.models.adaptation import LoraLayers
 from domainstudio.models.identifier import find_identifier
@@ -28,6 +29,9 @@ TEXT_DEFAULTS = {
     "num_validation_images": 8,
 }
 """Of recipes with an instance_prompt, for Stable Diffusion's size; the learning rate is 1e-4 (LoRA) or 5e-6 (full)."""
+
+CLASS_IMAGES = 100
+"""Source samples where all are shown."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,11 @@ class Recipe(BaseModel):
     space: Space | None = Field(None, description="image terms in the model's space, in decoded pixels or in a crop")
     similarity_weight: float | None = Field(None, ge=0, description="weight of the pull towards the domain (ant)")
     adversarial_steps: int | None = Field(None, ge=0, description="steps in which noise becomes harder (ant)")
-    num_class_images: int = Field(
-        100,
+    num_class_images: int | None = Field(
+        None,
         ge=3,
-        description="source samples drawn once, where the method looks at any; default: 100, or 300 where the nearest "
-        "are chosen",
+        description="source samples drawn once, where the method looks at any; default: 100, or where the nearest are "
+        "chosen one to three times as many as these, the more the less the transfer moves",
     )
     nearest_class_images: int | None = Field(
         None,
@@ -178,8 +182,7 @@ class Recipe(BaseModel):
         if not isinstance(given, dict):
             return given
         if given.get("instance_prompt") is None:
-            chooses = given.get("method", "studio") == "studio" and given.get("pairing") in (None, "source_samples")
-            return {"num_class_images": 300, **given} if chooses else given
+            return given
         lr = 5e-6 if given.get("adapter") == "full" else 1e-4
         lr = {} if given.get("optimizer") == "prodigy" else {"learning_rate": lr}
         chosen = {**TEXT_DEFAULTS, **lr, **{name: value for name, value in given.items() if value is not None}}
@@ -197,17 +200,15 @@ class Recipe(BaseModel):
                 f"train_batch_size={self.train_batch_size}, but method {self.method} compares each picture with "
                 "at least two others; use 3 or more"
             )
-        if self.pair_batch_size > self.num_class_images:
+        drawn, nearest = self.num_class_images, self.nearest_class_images
+        if drawn is not None and self.pair_batch_size > drawn:
+            raise ValueError(f"pair_batch_size={self.pair_batch_size} is more than num_class_images={drawn}")
+        if nearest is not None and nearest < self.pair_batch_size:
             raise ValueError(
-                f"pair_batch_size={self.pair_batch_size} is more than num_class_images={self.num_class_images}"
+                f"nearest_class_images={nearest} is less than pair_batch_size={self.pair_batch_size}; show more"
             )
-        if (nearest := self.nearest_class_images) is not None and not (
-            self.pair_batch_size <= nearest <= self.num_class_images
-        ):
-            raise ValueError(
-                f"nearest_class_images={nearest} has to be at least pair_batch_size={self.pair_batch_size} and at most "
-                f"num_class_images={self.num_class_images}"
-            )
+        if nearest is not None and drawn is not None and nearest > drawn:
+            raise ValueError(f"nearest_class_images={nearest} is more than num_class_images={drawn}; leave that out")
         if (self.subject_data_dir is None) != (self.subject_prompt is None):
             raise ValueError("subject_data_dir and subject_prompt go together; give both or neither")
         if self.stop_when_overfitting and not self.watch:
@@ -288,6 +289,13 @@ class Recipe(BaseModel):
         if self.learning_rate is not None:
             return self.learning_rate
         return 1.0 if self.optimizer == "prodigy" else {"full": 1e-4, "lora": 1e-3}[self.adapter]
+
+    def class_images(self, nearest: int | None) -> tuple[int, int]:
+        """How many source samples are drawn at least and at most, where the `nearest` are shown (None: all)."""
+        if self.num_class_images is not None:
+            return self.num_class_images, self.num_class_images
+        least = max(nearest or CLASS_IMAGES, self.pair_batch_size)
+        return least, least if nearest is None else MOST_TO_CHOOSE_AMONG * least
 
     def text_settings(self) -> list[str]:
         """Those of `TEXT_SETTINGS` that are given."""

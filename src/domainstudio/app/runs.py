@@ -48,12 +48,14 @@ def train_run(
     resume = find_start(folder, recipe, resume_from_checkpoint, log)
     opened = open_recipe(recipe, accelerator, log)
     config = train_config(opened.recipe)
-    processes.check_batches(**config.batches(recipe.num_class_images if opened.draws else None))
+    processes.check_batches(**config.batches(opened.least_samples if opened.draws else None))
     _begin(folder, recipe, opened.chosen, resume, processes)
     samples = None
     if opened.draws:  # drawn before an adapter is put into the network
         drawing = drawing if processes.is_main else None
-        samples = draw_source_samples(folder, opened.model, recipe, opened.prior, drawing, log, processes)
+        samples = draw_source_samples(folder, opened, drawing, log, processes)
+        if processes.is_main:
+            _write_config(folder, recipe, opened.chosen | opened.chosen_samples(len(samples.x0)))
     model, adaptation = opened.adapt()
     sheets = _sheets(folder, model, adaptation, recipe, processes)
     checkpoints = Checkpoints(
@@ -95,6 +97,10 @@ def _begin(
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is not None:
         drop_what_follows(folder, resume.step, recipe.max_train_steps)
+    _write_config(folder, recipe, chosen)
+
+
+def _write_config(folder: RunFolder, recipe: Recipe, chosen: dict[str, Chosen]) -> None:
     partial = folder.config.with_suffix(".partial")
     partial.write_text(recipe.to_toml(chosen), encoding="utf-8")
     partial.replace(folder.config)

@@ -2,7 +2,11 @@
 
 from torch import Tensor
 
+from domainstudio.losses.transfer import DomainTransfer
 from domainstudio.precision import double
+
+MOST_TO_CHOOSE_AMONG = 3
+"""Times as many source samples as are shown."""
 
 
 def nearest_first(samples: Tensor, pictures: Tensor) -> Tensor:
@@ -20,6 +24,32 @@ def nearest_first(samples: Tensor, pictures: Tensor) -> Tensor:
     source, target = double(samples.flatten(1)), double(pictures.flatten(1))
     separation = (source.mean(0) - target.mean(0)) * telling(source, target)
     return (source @ separation).argsort(stable=True)
+
+
+def pool_size(nearest: int, samples: Tensor, pictures: Tensor, moved: bool) -> int:
+    """Of how many source samples to choose the nearest: nearest (1 + 2 s), between `nearest` and three times as many.
+
+    s is the part of what tells the domains apart that `DomainTransfer` leaves where it is,
+
+        s = sum of t (1 - w) (m_T - m_S)² / sum of t (m_T - m_S)²,
+
+    over places and its directions, with its weights w and t = `telling`. What is moved onto the target domain tells of
+    no sample whether it could be a picture there, and to choose by it costs variety for nothing.
+
+    Args:
+        samples: (M, C, h, w) of the source, M >= 2: the first of those that there will be.
+        pictures: (N, V, C, h, w) of the target domain in all views.
+        moved: whether there is a transfer; without it s is 1.
+    """
+    most = MOST_TO_CHOOSE_AMONG * nearest
+    if not moved:
+        return most
+    transfer = DomainTransfer()
+    transfer.fit(pictures, samples)
+    source, target = (double(transfer.along(side)) for side in (samples, pictures.flatten(0, 1)))
+    apart = telling(source, target) * (source.mean(0) - target.mean(0)).square()
+    left = (apart * (1 - double(transfer.weight))).sum() / apart.sum().clamp(min=1e-30)
+    return nearest + round((most - nearest) * left.item())
 
 
 def telling(one: Tensor, other: Tensor) -> Tensor:

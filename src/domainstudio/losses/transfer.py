@@ -60,15 +60,18 @@ class DomainTransfer:
         assert self.directions is not None, "fit it first"
         return (_places(pictures) @ self._contraction).mT.unflatten(2, pictures.shape[2:])
 
+    def along(self, pictures: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h w, C): f_k·x at each place, which counts `weight` (h w, C) when it is moved."""
+        assert self.directions is not None, "fit it first"
+        return _places(pictures) @ self.directions
+
     def error(self, x: Tensor, picture: Tensor) -> Tensor:
         """How far x is from the moved picture; both (B, C, h, w) -> (B,).
 
         Mean over places of sum over k of w_k (f_k·x - moved f_k·picture)² / C.
         """
-        assert self.directions is not None, "fit it first"
-        own = _places(picture) @ self.directions - self.source_mean
-        moved = self.target_mean + self._spread * own
-        wrong = (_places(x) @ self.directions - moved).square() * self.weight
+        moved = self.target_mean + self._spread * (self.along(picture) - self.source_mean)
+        wrong = (self.along(x) - moved).square() * self.weight
         return wrong.sum(2).mean(1) / x.shape[1]
 
 

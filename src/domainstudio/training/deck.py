@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from domainstudio.data.batches import batch_indices
-from domainstudio.data.nearness import nearest_first
+from domainstudio.data.nearness import nearest_first, pool_size
 from domainstudio.models.adaptation import Adaptation
 from domainstudio.models.model import DiffusionModel
 from domainstudio.training.config import TrainConfig
@@ -39,19 +39,43 @@ class Deck:
         chosen = self.shown[torch.randperm(len(self.shown), generator=generator)[: self.config.pair_batch_size]]
         return Batch(self.prior.x0[chosen].to(self.encoded), self.prior.prompts[chosen])
 
+    def views(self, generator: torch.Generator) -> Tensor:
+        """(N, V, C, h, w): the training pictures, and their mirror images where training shows them."""
+        views = [self.codec.draw(self.encoded, generator)]
+        if self.config.random_flip:
+            views.append(self.codec.draw(self.mirrored, generator))
+        return torch.stack(views, 1)
+
     def fit(self, objective: Objective, adaptation: Adaptation) -> None:
-        """Fits what an objective has of both to all of both; mirror images count where training shows them.
+        """Fits what an objective has of both to all of both.
 
         As many of the source samples as it asks for are shown from then on, but one batch at least.
         """
         assert self.prior is not None
         generator = torch.Generator().manual_seed(self.config.seed)
-        views = [self.codec.draw(self.encoded, generator)]
-        if self.config.random_flip:
-            views.append(self.codec.draw(self.mirrored, generator))
-        pictures = torch.stack(views, 1)
+        pictures = self.views(generator)
         samples = self.prior.x0.to(pictures)
         objective.fit(adaptation, pictures, samples, generator)
         if objective.nearest is not None and objective.nearest < len(samples):
-            number = max(objective.nearest, self.config.pair_batch_size)
+            number = _num_shown(objective.nearest, self.config)
             self.shown = nearest_first(samples, pictures.flatten(0, 1))[:number].to(self.shown)
+
+
+def samples_wanted(
+    model: DiffusionModel, config: TrainConfig, images: Tensor, objective: Objective, samples: Tensor
+) -> int:
+    """How many source samples an objective that shows the nearest wants to choose among (`pool_size`).
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1], the training pictures, where the model is.
+        samples: (M, C, h, w), the first of the source samples.
+    """
+    assert objective.nearest is not None
+    pictures = Deck(model, config, images, None, None).views(torch.Generator().manual_seed(config.seed))
+    shown = _num_shown(objective.nearest, config)
+    return pool_size(shown, samples.to(pictures), pictures, objective.transfer is not None)
+
+
+def _num_shown(nearest: int, config: TrainConfig) -> int:
+    """One batch at least."""
+    return max(nearest, config.pair_batch_size)
