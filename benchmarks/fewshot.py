@@ -137,10 +137,12 @@ def numbers_of(evaluation: Evaluation) -> Row:
     return {name: result[name] for name in NUMBERS}
 
 
-ALIKE = f"{DEFAULT} high_noise_focus=0"
-ALL_SHOWN = f"{ALIKE} num_class_images=100"
-NO_PAIRS = f"{DEFAULT} image_weight=0 hf_weight=0"
-NO_TRANSFER = f"{DEFAULT} transfer_weight=0"
+OF_300 = f"{DEFAULT} num_class_images=300"
+"""The default with as many source samples on every target; its parts were measured so."""
+ALIKE = f"{OF_300} high_noise_focus=0"
+ALL_SHOWN = f"{DEFAULT} high_noise_focus=0 num_class_images=100"
+NO_PAIRS = f"{OF_300} image_weight=0 hf_weight=0"
+NO_TRANSFER = f"{OF_300} transfer_weight=0"
 PUBLISHED = f"{PAPER} @ 1000,2000,3000,4000,5000"
 
 
@@ -149,18 +151,21 @@ def plan(others: str, own: str, parts: str) -> list[str]:
     return [
         *(f"{method} @ {others}" for method in METHODS[1:]),
         f"{DEFAULT} @ {own}",
-        *(f"{part} @ {parts}" for part in (ALIKE, ALL_SHOWN, NO_PAIRS, NO_TRANSFER)),
+        *(f"{part} @ {parts}" for part in (OF_300, ALIKE, ALL_SHOWN, NO_PAIRS, NO_TRANSFER)),
         PUBLISHED,
     ]
 
 
 FAR, NEAR = "100,150,200,300,400,500", "25,35,50,75,100,150"
 PLAN = {
-    "ink": [*plan(FAR, "150,175,190,200,300,400", "150,200,225,300"), "finetune @ 125,200", "domainstudio @ 250,400"],
+    "ink": [
+        *plan(FAR, "150,175,200,225,250,300,400", "150,200,225,300"),
+        *("finetune @ 125,200", "domainstudio @ 250,400", "ant @ 450"),
+    ],
     "sunglasses": plan(NEAR, "25,35,50,60,75,100,150", "75,85,100,125,150"),
-    "watercolour": plan(NEAR, "25,50,75,100,125,150,200", "75,100,125,150"),
+    "watercolour": plan(NEAR, "25,50,75,100,125,150,200,250", "75,100,125,150"),
     "grey": plan(NEAR, "25,35,50,75,100,125,150", "50,75,100"),
-    "smiles": plan(FAR, "175,200,225,250,275,300", "200,250,300"),
+    "smiles": plan(FAR, "175,200,225,250,275,300,325", "200,250,300"),
 }
 """What is measured where. An entry is a run of its own. Near styles take a third of the steps of far ones."""
 

@@ -40,7 +40,7 @@ def main() -> None:
         model, images = opened.model, opened.pictures.images
         if source is None:  # the same for all
             seed = recipe.seed + POOL_SEED
-            source = sample(model, model.network, recipe.num_class_images, seed, recipe.num_inference_steps)
+            source = sample(model, model.network, opened.most_samples, seed, recipe.num_inference_steps)
         model, adaptation = opened.adapt()
         Deck(model, train_config(opened.recipe), images, Batch(source), None).fit(opened.objective, adaptation)
         assert opened.objective.focus is not None

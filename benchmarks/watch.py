@@ -74,7 +74,7 @@ def tables(results: list[Row], planted: list[Row]) -> str:
     ]
     anchors = {(row["domain"], row["name"]): row for row in results if row["name"] in ("real", "source")}
     runs: dict[tuple, list[Row]] = defaultdict(list)
-    for row in results:
+    for row in sorted(results, key=lambda row: row["step"]):
         if "reading" in row:
             runs[row["domain"], row["name"], row["seed"]].append(row)
     ratios, honest_ratios, correlations = [], [], []

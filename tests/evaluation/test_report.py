@@ -255,7 +255,7 @@ class TestMoreNumbers:
 
 class TestWatched:
     def test_the_sentence_and_the_curves_are_shown(self, page):
-        readings = tuple(Reading(step, 1.5 - step / 100, 1.0, 0.5, 0.1, (2,)) for step in (0, 50, 100))
+        readings = tuple(Reading(step, 1.5 - step / 100, 1.0, 0.4, 0.1, (2,)) for step in (0, 50, 100))
         html = page(entry("A", losses=({"step": 1, "loss": 0.5},), readings=readings))
         assert "From step 100 on, outputs collapse onto picture 2; step 50 is the best." in html
         shown = html[html.index("From step 100 on") :]

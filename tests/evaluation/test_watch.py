@@ -117,8 +117,16 @@ def test_the_score_is_the_worse_of_the_two(closeness, style_distance, score):
 
 def test_the_best_is_the_lowest_score_after_the_source():
     assert choose(RUN).step == 100
+    assert choose([at(50, 1.0, 0.0), at(100, 0.96, 0.0)]).step == 50
     assert choose([at(0, 1.0, 0.0), at(50, 1.3, 0.9)]).step == 50
     assert choose(RUN[:1]) is None
+
+
+def test_of_those_that_are_level_the_latest_is_taken():
+    level = [at(50, 1.02, 0.01), at(75, 1.0, 0.0), at(100, 0.98, 0.0), at(125, 0.94, 0.0)]
+    assert choose(level).step == 100
+    assert choose(level[:2]).step == 75
+    assert choose([*level, at(150, 1.0, 0.5)]).step == 100
 
 
 @pytest.mark.parametrize(

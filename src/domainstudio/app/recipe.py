@@ -150,8 +150,8 @@ class Recipe(BaseModel):
     num_class_images: int | None = Field(
         None,
         ge=3,
-        description="source samples drawn once, where the method looks at any; default: 100, or where the nearest are "
-        "chosen one to three times as many as these, the more the less the transfer moves",
+        description="source samples drawn once, where the method looks at any; default: 100, or one to three times as "
+        "many as the nearest that are shown: the more, the less the transfer moves",
     )
     nearest_class_images: int | None = Field(
         None,
@@ -208,7 +208,9 @@ class Recipe(BaseModel):
                 f"nearest_class_images={nearest} is less than pair_batch_size={self.pair_batch_size}; show more"
             )
         if nearest is not None and drawn is not None and nearest > drawn:
-            raise ValueError(f"nearest_class_images={nearest} is more than num_class_images={drawn}; leave that out")
+            raise ValueError(
+                f"nearest_class_images={nearest} is more than num_class_images={drawn}; draw more, or leave it out"
+            )
         if (self.subject_data_dir is None) != (self.subject_prompt is None):
             raise ValueError("subject_data_dir and subject_prompt go together; give both or neither")
         if self.stop_when_overfitting and not self.watch:
