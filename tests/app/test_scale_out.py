@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import FAST, domainstudio, flags, same_run, succeeds
 
+from domainstudio.app.folder import RunFolder
 from domainstudio.evaluation.cache import CACHE_VARIABLE
 
 pytest_plugins = ("text_kit", "text_run_kit")
@@ -47,7 +48,8 @@ def runs(tmp_path_factory, pipelines, pictures) -> Path:
     """The same full fine-tuning on one process, on two, and on two that hold a part of it each."""
     root = tmp_path_factory.mktemp("runs")
     given = {"pretrained_model_name_or_path": pipelines("latent_v"), "instance_data_dir": pictures}
-    sizes = {"train_batch_size": 5, "num_class_images": 5, "num_validation_images": 5, "watch": True}
+    sizes = {"train_batch_size": 5, "num_validation_images": 5, "watch": True}
+    sizes |= {"num_class_images": None, "nearest_class_images": 5}  # as many as are wanted, of which some are shown
     settings = flags(**given, **{**FAST, **sizes}, learning_rate=1e-4, random_flip=True)
     succeeds("train", *settings, "--output-dir", root / "one")
     with pytest.MonkeyPatch.context() as patch:
@@ -64,6 +66,11 @@ def runs(tmp_path_factory, pipelines, pictures) -> Path:
 def test_two_processes_leave_the_run_folder_of_one(runs, name):
     assert (runs / "one/best/pipeline").is_dir()
     same_run(runs / "one", runs / name)
+
+
+def test_two_processes_want_as_many_source_samples_as_one(runs):
+    one, two = (len(list(RunFolder(runs / name).prior_pictures.iterdir())) for name in ("one", "two"))
+    assert 5 < one == two
 
 
 @pytest.mark.parametrize("name", ["two", "parts"])
