@@ -118,6 +118,31 @@ def test_as_many_are_drawn_as_the_domains_ask_for(drawing, pipelines, pictures, 
     assert folder.config.read_text() == begun
 
 
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        ({}, (100, 300)),
+        ({"pairing": "source_samples"}, (100, 300)),
+        ({"num_class_images": 50}, (50, 50)),
+        ({"pairing": "training"}, (0, 0)),
+        ({"method": "ant"}, (100, 100)),
+        ({"method": "domainstudio", "pairing": "source_samples"}, (100, 100)),
+        ({"method": "finetune"}, (0, 0)),
+    ],
+)
+def test_methods_ask_for_as_many_as_they_choose_among(pipelines, pictures, settings, numbers):
+    given = {"pretrained_model_name_or_path": str(pipelines("pixel_epsilon")), "instance_data_dir": str(pictures)}
+    opened = open_recipe(build_recipe(None, {**given, **settings}), open_accelerator("no"))
+    assert (opened.least_samples, opened.most_samples) == numbers
+
+
+def test_text_models_show_all(text_pipelines, pictures):
+    given = {"pretrained_model_name_or_path": str(text_pipelines("sd1_epsilon")), "instance_data_dir": str(pictures)}
+    prompts = {"instance_prompt": "a portrait in xyz style", "class_prompt": "a portrait"}
+    opened = open_recipe(build_recipe(None, {**given, **prompts}), open_accelerator("no"))
+    assert (opened.least_samples, opened.most_samples, len(opened.prior)) == (100, 100, 100)
+
+
 def test_other_weights_draw_their_own(drawing, draw, pipelines):
     model = load_model(pipelines("latent_v"))
     draw(model)

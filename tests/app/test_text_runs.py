@@ -316,6 +316,7 @@ class TestSourceSamples:
         recipe, model = RunFolder(text_lora_run).recipe(), text_models()
         prompts = prior_prompts(recipe, UNTOLD, 4)
         assert set(prompts) <= {"a man", "a woman", "a dog"}
+        assert len(prompts) == 4
         expected = sample(model, model.network, 4, 500_000, 2, guidance=TextGuidance(prompts, 2.0))
         x0 = load_file(text_lora_run / "source_samples.safetensors")["x0"]
         torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,5 @@
 """What a recipe trains: read, checked, and ready for the loop."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -219,7 +218,8 @@ def _chosen(recipe: Recipe, model: DiffusionModel, settings: dict[str, Any]) -> 
         for name, value in settings.items()
         if value is not None and (is_text or name not in TEXT_SETTINGS)
     }
-    if (settings.get("nearest_class_images") or 0) >= (recipe.num_class_images or math.inf):
+    drawn = recipe.num_class_images
+    if drawn is not None and (settings.get("nearest_class_images") or 0) >= drawn:
         del chosen["nearest_class_images"]  # all of them
     chosen["resolution"] = Chosen(model.resolution, "the model's")
     reason = "optimizer prodigy" if recipe.optimizer == "prodigy" else f"adapter {recipe.adapter}"

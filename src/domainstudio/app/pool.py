@@ -53,8 +53,8 @@ def _kept_or_drawn(
     """(M, C, h, w), as many as the run wants; the main process's cache decides, since others may see another."""
     cache, key = TensorCache(), _drawn_of(opened) if processes.is_main else ()
     kept = processes.everyone(cache.find("source samples", key) if processes.is_main else None)[0]
-    known = 0 if kept is None else len(kept)
     x0 = torch.empty(0, *opened.model.sample_shape) if kept is None else kept
+    known = len(x0)
 
     def grow(number: int) -> Tensor:
         """Of `number` of them those that are missing are drawn."""

@@ -179,9 +179,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        if given.get("instance_prompt") is None:
+        if not isinstance(given, dict) or given.get("instance_prompt") is None:
             return given
         lr = 5e-6 if given.get("adapter") == "full" else 1e-4
         lr = {} if given.get("optimizer") == "prodigy" else {"learning_rate": lr}

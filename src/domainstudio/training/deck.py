@@ -57,7 +57,7 @@ class Deck:
         samples = self.prior.x0.to(pictures)
         objective.fit(adaptation, pictures, samples, generator)
         if objective.nearest is not None and objective.nearest < len(samples):
-            number = _num_shown(objective.nearest, self.config)
+            number = max(objective.nearest, self.config.pair_batch_size)
             self.shown = nearest_first(samples, pictures.flatten(0, 1))[:number].to(self.shown)
 
 
@@ -68,14 +68,7 @@ def samples_wanted(
 
     Args:
         images: (N, 3, H, W) in [-1, 1], the training pictures, where the model is.
-        samples: (M, C, h, w), the first of the source samples.
+        samples: (M, C, h, w), the first of the source samples: as many as are shown.
     """
-    assert objective.nearest is not None
     pictures = Deck(model, config, images, None, None).views(torch.Generator().manual_seed(config.seed))
-    shown = _num_shown(objective.nearest, config)
-    return pool_size(shown, samples.to(pictures), pictures, objective.transfer is not None)
-
-
-def _num_shown(nearest: int, config: TrainConfig) -> int:
-    """One batch at least."""
-    return max(nearest, config.pair_batch_size)
+    return pool_size(len(samples), samples.to(pictures), pictures, objective.transfer is not None)
